@@ -1,0 +1,3 @@
+//! The POSIX face of the volume: inodes, directories, xattrs, ACLs, file data.
+
+pub mod api;
