@@ -1,0 +1,555 @@
+//! The lock client's brain: what this mount may do under each lock, who of its
+//! tasks uses it, who waits, and what the server asked back (spec 10 sections 7, 8).
+//!
+//! A plain state machine: calls in, [`Action`]s out. [`super::Locks`] carries the
+//! actions out and runs the cleanup of a revocation between
+//! [`Action::Revoke`] and [`LockClient::revoked`].
+//!
+//! What can go wrong, and where it is prevented:
+//! * a revocation raising a mode, after a failover repeats it: a mode only goes
+//!   down in [`LockClient::start_revoke`] (section 16.3);
+//! * a grant lost to a revocation before its waiter ran, for ever: waiters are
+//!   admitted by the grant itself (section 9.8);
+//! * stale inodes after read permission was lost unnoticed: `refresh_gen` moves by
+//!   our own previous mode, not by the message's (section 16.4).
+
+use super::{Mode, Policy, Scope, net_lock};
+use crate::env::{HashMap, probe};
+use crate::format::{Key, NetLock};
+use std::collections::VecDeque;
+
+/// Names one waiting task.
+pub type WaiterId = u64;
+/// Names one received invalidation, for its answer.
+pub type Token = u64;
+
+/// What the caller must carry out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send a lock request to the server.
+    Request(NetLock),
+    /// This waiter now holds the lock (its user is counted already).
+    Admit(WaiterId),
+    /// Commit if needed, drop caches, then call [`LockClient::revoked`].
+    Revoke(Revocation),
+    /// Answer the invalidation.
+    Respond(Token, NetLock),
+}
+
+/// The cleanup of one invalidation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revocation {
+    /// The lock.
+    pub scope: Scope,
+    /// The mode until now.
+    pub old: Mode,
+    /// The mode from now on.
+    pub new: Mode,
+    /// If `old` could write: the transaction in which a writer last unlocked. If
+    /// that one is still open it must be committed before anything is dropped.
+    pub dirty_trans_seq: Option<u64>,
+}
+
+/// What `acquire` did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acquired {
+    /// The caller is a user.
+    Now(LockId),
+    /// The waiter will be admitted by an action later.
+    Wait,
+}
+
+/// A lock's slot; stable while the lock has users or waiters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LockId(u32);
+
+#[derive(Debug)]
+struct Invalidation {
+    token: Token,
+    msg: NetLock,
+    new: Mode,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    id: WaiterId,
+    mode: Mode,
+}
+
+#[derive(Debug)]
+struct Lock {
+    scope: Scope,
+    key: Key,
+    mode: Mode,
+    /// Mode before the cleanup that is running.
+    invalidating: Option<Mode>,
+    request_pending: bool,
+    invalidations: VecDeque<Invalidation>,
+    users: [u32; Mode::COUNT],
+    waiters: VecDeque<Waiter>,
+    write_seq: u64,
+    refresh_gen: u64,
+    dirty_trans_seq: u64,
+    /// Used since the idle clock last passed.
+    recent: bool,
+}
+
+impl Lock {
+    fn has_users(&self) -> bool {
+        self.users.iter().any(|&n| n != 0)
+    }
+
+    fn is_idle(&self) -> bool {
+        !self.request_pending
+            && self.invalidations.is_empty()
+            && self.waiters.is_empty()
+            && !self.has_users()
+    }
+
+    /// Whether all users may stay under `new`.
+    fn users_fit(&self, new: Mode) -> bool {
+        match new {
+            Mode::Read => {
+                self.users[Mode::Write as usize] == 0 && self.users[Mode::WriteOnly as usize] == 0
+            }
+            _ => !self.has_users(),
+        }
+    }
+
+    /// Whether an invalidation waits that a user in `mode` would hold up.
+    fn is_wanted_back_from(&self, mode: Mode) -> bool {
+        self.invalidations
+            .front()
+            .is_some_and(|inv| !inv.new.satisfies(mode))
+    }
+}
+
+/// State of one lock, for checkers and status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LockState {
+    /// The lock.
+    pub scope: Scope,
+    /// The mode tasks may use.
+    pub mode: Mode,
+    /// The mode whose cleanup is running, if any: what this mount really still has.
+    pub invalidating: Option<Mode>,
+    /// Users by mode.
+    pub users: [u32; Mode::COUNT],
+    /// Waiting tasks.
+    pub waiters: usize,
+    /// The last grant's write seq.
+    pub write_seq: u64,
+    /// Moves when read permission is newly gained.
+    pub refresh_gen: u64,
+}
+
+/// All locks of one mount.
+#[derive(Debug)]
+pub struct LockClient {
+    slots: Vec<Option<Lock>>,
+    free: Vec<u32>,
+    by_scope: HashMap<Scope, u32>,
+    next_gen: u64,
+    clock_hand: usize,
+    policy: Policy,
+}
+
+impl LockClient {
+    /// No locks.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_scope: HashMap::default(),
+            next_gen: 0,
+            clock_hand: 0,
+            policy,
+        }
+    }
+
+    /// Takes the lock if its mode is at hand; no message, no waiting.
+    pub fn try_acquire(&mut self, scope: Scope, mode: Mode) -> Option<LockId> {
+        let slot = *self.by_scope.get(&scope)?;
+        let lock = self.slots[slot as usize]
+            .as_mut()
+            .expect("an indexed lock exists");
+        if !lock.mode.satisfies(mode) {
+            return None;
+        }
+        lock.users[mode as usize] += 1;
+        lock.recent = true;
+        Some(LockId(slot))
+    }
+
+    /// Takes the lock or queues `waiter`. With `yielding` the caller holds no
+    /// lock yet and lets a waiting invalidation go first; without, it may already
+    /// hold this very lock, and making it wait could deadlock (section 13).
+    ///
+    /// # Panics
+    /// If `mode` is NULL.
+    pub fn acquire(
+        &mut self,
+        scope: Scope,
+        mode: Mode,
+        yielding: bool,
+        waiter: WaiterId,
+        out: &mut Vec<Action>,
+    ) -> Acquired {
+        assert_ne!(mode, Mode::Null, "a task cannot hold NULL");
+        self.shrink(out);
+        let slot = self.find_or_create(scope);
+        let lock = self.lock_mut(slot);
+        lock.recent = true;
+        if lock.mode.satisfies(mode) && !(yielding && lock.is_wanted_back_from(mode)) {
+            lock.users[mode as usize] += 1;
+            return Acquired::Now(LockId(slot));
+        }
+        lock.waiters.push_back(Waiter { id: waiter, mode });
+        self.ask_for_waiters(slot, out);
+        Acquired::Wait
+    }
+
+    /// Takes a waiter out of its queue. False if it was admitted already (the
+    /// caller then releases what it was given).
+    pub fn cancel_wait(&mut self, scope: Scope, waiter: WaiterId) -> bool {
+        let Some(&slot) = self.by_scope.get(&scope) else {
+            return false;
+        };
+        let lock = self.lock_mut(slot);
+        let Some(at) = lock.waiters.iter().position(|w| w.id == waiter) else {
+            return false;
+        };
+        lock.waiters.remove(at);
+        self.free_if_idle_null(slot);
+        true
+    }
+
+    /// The lock's slot for an admitted waiter.
+    pub fn id_of(&self, scope: Scope) -> Option<LockId> {
+        self.by_scope.get(&scope).map(|&slot| LockId(slot))
+    }
+
+    /// One more user of a lock that the caller already uses in this mode.
+    pub fn add_user(&mut self, id: LockId, mode: Mode) {
+        let lock = self.lock_mut(id.0);
+        assert!(
+            lock.users[mode as usize] > 0,
+            "a lock can only be shared by a user of it"
+        );
+        lock.users[mode as usize] += 1;
+    }
+
+    /// Ends one use. `trans_seq` is the open transaction's.
+    pub fn release(&mut self, id: LockId, mode: Mode, trans_seq: u64, out: &mut Vec<Action>) {
+        let lock = self.lock_mut(id.0);
+        let users = &mut lock.users[mode as usize];
+        *users = users.checked_sub(1).expect("a release matches an acquire");
+        if mode.writes() {
+            lock.dirty_trans_seq = trans_seq;
+        }
+        if !lock.invalidations.is_empty() {
+            self.start_revoke(id.0, out);
+        }
+        self.free_if_idle_null(id.0);
+    }
+
+    /// The granted mode, write seq and refresh generation of a lock in use.
+    pub fn grant_of(&self, id: LockId) -> (Mode, u64, u64) {
+        let lock = self.lock(id.0);
+        (lock.mode, lock.write_seq, lock.refresh_gen)
+    }
+
+    /// The server's grant. Returns false if no request was pending: a broken
+    /// server, whose message is dropped.
+    pub fn grant(&mut self, msg: &NetLock, out: &mut Vec<Action>) -> bool {
+        let Some(slot) = self.slot_of(&Key::from(msg.key)) else {
+            return false;
+        };
+        let Some(mode) = Mode::from_wire(msg.new_mode) else {
+            return false;
+        };
+        let gen_if_gained = self.next_gen + 1;
+        let lock = self.lock_mut(slot);
+        if !lock.request_pending {
+            return false;
+        }
+        lock.request_pending = false;
+        let gained = mode.reads() && !lock.mode.reads();
+        if gained {
+            lock.refresh_gen = gen_if_gained;
+        }
+        lock.mode = mode;
+        lock.write_seq = msg.write_seq.get();
+        if gained {
+            self.next_gen = gen_if_gained;
+        }
+        self.admit(slot, out);
+        self.ask_for_waiters(slot, out);
+        self.free_if_idle_null(slot);
+        true
+    }
+
+    /// A request could not be sent (forced unmount): the waiters stay queued
+    /// for the caller to fail.
+    pub fn request_failed(&mut self, scope: Scope) {
+        if let Some(&slot) = self.by_scope.get(&scope) {
+            self.lock_mut(slot).request_pending = false;
+            self.free_if_idle_null(slot);
+        }
+    }
+
+    /// The server's invalidation. A lock we do not have is answered at once with
+    /// NULL; duplicates across failovers queue up and are answered in turn.
+    pub fn invalidate(&mut self, token: Token, msg: &NetLock, out: &mut Vec<Action>) {
+        let key = Key::from(msg.key);
+        let new = Mode::from_wire(msg.new_mode).unwrap_or(Mode::Null);
+        let Some(slot) = self.slot_of(&key) else {
+            probe("lock_client.invalidate_unknown");
+            out.push(Action::Respond(
+                token,
+                net_lock(&key, 0, Mode::Null, Mode::Null),
+            ));
+            return;
+        };
+        let lock = self.lock_mut(slot);
+        lock.invalidations.push_back(Invalidation {
+            token,
+            msg: *msg,
+            new,
+        });
+        if lock.invalidations.len() > 1 {
+            probe("lock_client.invalidate_queued");
+        }
+        self.start_revoke(slot, out);
+    }
+
+    /// The cleanup of a revocation is done: answer, and go on with the next.
+    pub fn revoked(&mut self, scope: Scope, out: &mut Vec<Action>) {
+        let slot = *self
+            .by_scope
+            .get(&scope)
+            .expect("a lock being revoked exists");
+        let lock = self.lock_mut(slot);
+        assert!(
+            lock.invalidating.take().is_some(),
+            "only a running revocation ends"
+        );
+        let inv = lock
+            .invalidations
+            .pop_front()
+            .expect("a revocation has its invalidation");
+        let old = Mode::from_wire(inv.msg.old_mode).unwrap_or(Mode::Null);
+        let answer = net_lock(&lock.key, 0, old, lock.mode);
+        out.push(Action::Respond(inv.token, answer));
+        if lock.invalidations.is_empty() {
+            self.admit(slot, out);
+            self.ask_for_waiters(slot, out);
+        } else {
+            self.start_revoke(slot, out);
+        }
+        self.free_if_idle_null(slot);
+    }
+
+    /// At most `max` locks from `start` on, as a recovering server wants them:
+    /// the old mode while a cleanup runs (section 10.3).
+    pub fn recover(&self, start: &Key, max: usize) -> Vec<NetLock> {
+        let mut held: Vec<&Lock> = self
+            .slots
+            .iter()
+            .flatten()
+            .filter(|lock| lock.key >= *start)
+            .collect();
+        held.sort_unstable_by_key(|lock| lock.key);
+        held.truncate(max);
+        held.iter()
+            .map(|lock| {
+                let mode = lock.invalidating.unwrap_or(lock.mode);
+                net_lock(&lock.key, lock.write_seq, mode, mode)
+            })
+            .collect()
+    }
+
+    /// Gives every idle lock back, as the `statfs_lock_purge` trigger does.
+    pub fn purge_idle(&mut self, out: &mut Vec<Action>) {
+        for slot in 0..self.slots.len() {
+            self.give_back_if_idle(slot, out);
+        }
+    }
+
+    /// State of every lock, ordered by key.
+    pub fn table(&self) -> Vec<LockState> {
+        let mut held: Vec<&Lock> = self.slots.iter().flatten().collect();
+        held.sort_unstable_by_key(|lock| lock.key);
+        held.iter()
+            .map(|lock| LockState {
+                scope: lock.scope,
+                mode: lock.mode,
+                invalidating: lock.invalidating,
+                users: lock.users,
+                waiters: lock.waiters.len(),
+                write_seq: lock.write_seq,
+                refresh_gen: lock.refresh_gen,
+            })
+            .collect()
+    }
+
+    /// Lock objects in memory.
+    pub fn len(&self) -> usize {
+        self.by_scope.len()
+    }
+
+    /// Whether there is no lock object.
+    pub fn is_empty(&self) -> bool {
+        self.by_scope.is_empty()
+    }
+
+    fn lock(&self, slot: u32) -> &Lock {
+        self.slots[slot as usize]
+            .as_ref()
+            .expect("a lock in use exists")
+    }
+
+    fn lock_mut(&mut self, slot: u32) -> &mut Lock {
+        self.slots[slot as usize]
+            .as_mut()
+            .expect("a lock in use exists")
+    }
+
+    fn slot_of(&self, key: &Key) -> Option<u32> {
+        self.by_scope.get(&Scope::from_start(key)?).copied()
+    }
+
+    fn find_or_create(&mut self, scope: Scope) -> u32 {
+        if let Some(&slot) = self.by_scope.get(&scope) {
+            return slot;
+        }
+        let lock = Lock {
+            scope,
+            key: scope.range().start,
+            mode: Mode::Null,
+            invalidating: None,
+            request_pending: false,
+            invalidations: VecDeque::new(),
+            users: [0; Mode::COUNT],
+            waiters: VecDeque::new(),
+            write_seq: 0,
+            refresh_gen: 0,
+            dirty_trans_seq: 0,
+            recent: true,
+        };
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 locks")
+        });
+        self.slots[slot as usize] = Some(lock);
+        self.by_scope.insert(scope, slot);
+        slot
+    }
+
+    fn free_if_idle_null(&mut self, slot: u32) {
+        let lock = self.lock(slot);
+        if lock.mode == Mode::Null && lock.invalidating.is_none() && lock.is_idle() {
+            let scope = lock.scope;
+            self.slots[slot as usize] = None;
+            self.free.push(slot);
+            self.by_scope.remove(&scope);
+        }
+    }
+
+    /// Lets in every waiter that the current mode serves. A grant thus always
+    /// gives its waiters a turn, also when an invalidation came right behind it.
+    fn admit(&mut self, slot: u32, out: &mut Vec<Action>) {
+        let lock = self.lock_mut(slot);
+        let mode = lock.mode;
+        let users = &mut lock.users;
+        lock.waiters.retain(|waiter| {
+            let serves = mode.satisfies(waiter.mode);
+            if serves {
+                users[waiter.mode as usize] += 1;
+                out.push(Action::Admit(waiter.id));
+            }
+            !serves
+        });
+    }
+
+    /// Sends a request for the first waiter, unless one is on its way or a
+    /// cleanup runs (its end asks again).
+    fn ask_for_waiters(&mut self, slot: u32, out: &mut Vec<Action>) {
+        let lock = self.lock_mut(slot);
+        if lock.request_pending {
+            return;
+        }
+        let mode = lock.mode;
+        // A yielding waiter may be served by the present mode; it is let in when
+        // the invalidation it yields to has gone.
+        let Some(wanted) = lock
+            .waiters
+            .iter()
+            .find(|w| !mode.satisfies(w.mode))
+            .map(|w| w.mode)
+        else {
+            return;
+        };
+        lock.request_pending = true;
+        out.push(Action::Request(net_lock(&lock.key, 0, mode, wanted)));
+    }
+
+    /// Begins the cleanup of the first queued invalidation once its users fit.
+    fn start_revoke(&mut self, slot: u32, out: &mut Vec<Action>) {
+        let lock = self.lock_mut(slot);
+        let Some(inv) = lock.invalidations.front() else {
+            return;
+        };
+        if lock.invalidating.is_some() || !lock.users_fit(inv.new) {
+            return;
+        }
+        let old = lock.mode;
+        let new = old.lowered_to(inv.new);
+        lock.mode = new;
+        lock.invalidating = Some(old);
+        out.push(Action::Revoke(Revocation {
+            scope: lock.scope,
+            old,
+            new,
+            dirty_trans_seq: old.writes().then_some(lock.dirty_trans_seq),
+        }));
+    }
+
+    /// Gives back one lock that was idle for a whole turn of the clock hand, if
+    /// there are more locks than the policy keeps.
+    fn shrink(&mut self, out: &mut Vec<Action>) {
+        const LOOK_AT: usize = 16;
+        if self.by_scope.len() <= self.policy.idle_count {
+            return;
+        }
+        for _ in 0..LOOK_AT.min(self.slots.len()) {
+            self.clock_hand = (self.clock_hand + 1) % self.slots.len();
+            if let Some(lock) = &mut self.slots[self.clock_hand]
+                && std::mem::take(&mut lock.recent)
+            {
+                continue;
+            }
+            if self.give_back_if_idle(self.clock_hand, out) {
+                probe("lock_client.shrink");
+                return;
+            }
+        }
+    }
+
+    fn give_back_if_idle(&mut self, slot: usize, out: &mut Vec<Action>) -> bool {
+        let Some(lock) = &mut self.slots[slot] else {
+            return false;
+        };
+        if !lock.is_idle() || lock.mode == Mode::Null || lock.invalidating.is_some() {
+            return false;
+        }
+        lock.request_pending = true;
+        out.push(Action::Request(net_lock(
+            &lock.key,
+            0,
+            lock.mode,
+            Mode::Null,
+        )));
+        true
+    }
+}

@@ -1,0 +1,659 @@
+//! The two brains against each other: random messages, delays, cancelled waits,
+//! slow cleanups and server failovers, with the invariants of spec 10 section 15
+//! checked after each step.
+
+use super::client::{Acquired, Action as ClientAction, LockClient, LockId, Revocation, Token};
+use super::server::{Action as ServerAction, List, LockProtocolError, LockServer};
+use super::{Mode, Policy, Scope, net_lock};
+use crate::format::{Key, NetLock};
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::collections::{BTreeMap, VecDeque};
+
+const SCOPES: [Scope; 3] = [Scope::InodeGroup(0), Scope::MetaSeq(0), Scope::Rename];
+
+/// What travels from the server to one client.
+enum Down {
+    Grant(NetLock),
+    Invalidate(NetLock),
+}
+
+/// What travels from one client to the server.
+enum Up {
+    Request(NetLock),
+    Response(NetLock),
+}
+
+struct Client {
+    brain: LockClient,
+    down: VecDeque<Down>,
+    up: VecDeque<Up>,
+    held: Vec<(Scope, LockId, Mode)>,
+    waits: BTreeMap<u64, (Scope, Mode)>,
+    cleanups: Vec<Revocation>,
+    /// Invalidations received, by token: the server epoch each came from.
+    tokens: BTreeMap<Token, u64>,
+    next_id: u64,
+    pending: BTreeMap<Key, NetLock>,
+}
+
+struct World {
+    rng: ChaCha8Rng,
+    server: LockServer,
+    epoch: u64,
+    seq: u64,
+    clients: Vec<Client>,
+    last_write_seq: BTreeMap<Key, u64>,
+    grants: u64,
+}
+
+impl World {
+    fn new(seed: u64, clients: usize) -> Self {
+        let client = || Client {
+            brain: LockClient::new(Policy { idle_count: 1 }),
+            down: VecDeque::new(),
+            up: VecDeque::new(),
+            held: Vec::new(),
+            waits: BTreeMap::new(),
+            cleanups: Vec::new(),
+            tokens: BTreeMap::new(),
+            next_id: 0,
+            pending: BTreeMap::new(),
+        };
+        Self {
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            server: LockServer::default(),
+            epoch: 1,
+            seq: 100,
+            clients: (0..clients).map(|_| client()).collect(),
+            last_write_seq: BTreeMap::new(),
+            grants: 0,
+        }
+    }
+
+    fn pick(&mut self, n: usize) -> usize {
+        self.rng.random_range(0..n)
+    }
+
+    fn client_actions(&mut self, at: usize, actions: Vec<ClientAction>) {
+        let client = &mut self.clients[at];
+        for action in actions {
+            match action {
+                ClientAction::Request(msg) => {
+                    let old = client.pending.insert(Key::from(msg.key), msg);
+                    assert!(old.is_none(), "one request at a time per lock");
+                    client.up.push_back(Up::Request(msg));
+                }
+                ClientAction::Admit(waiter) => {
+                    let (scope, mode) = client.waits.remove(&waiter).expect("admitted once");
+                    let id = client.brain.id_of(scope).expect("an admitted lock exists");
+                    client.held.push((scope, id, mode));
+                }
+                ClientAction::Revoke(revocation) => client.cleanups.push(revocation),
+                ClientAction::Respond(token, msg) => {
+                    if client.tokens.remove(&token) == Some(self.epoch) {
+                        client.up.push_back(Up::Response(msg));
+                    }
+                }
+            }
+        }
+    }
+
+    fn server_actions(&mut self, actions: Vec<ServerAction>) {
+        for action in actions {
+            match action {
+                ServerAction::Grant { rid, lock, .. } => {
+                    if Mode::from_wire(lock.new_mode).unwrap().writes() {
+                        let last = self.last_write_seq.entry(Key::from(lock.key)).or_insert(0);
+                        assert!(lock.write_seq.get() > *last, "write seqs grow");
+                        *last = lock.write_seq.get();
+                    }
+                    self.grants += 1;
+                    self.clients[rid as usize].down.push_back(Down::Grant(lock));
+                }
+                ServerAction::Invalidate { rid, lock } => {
+                    self.clients[rid as usize]
+                        .down
+                        .push_back(Down::Invalidate(lock));
+                }
+            }
+        }
+    }
+
+    fn deliver_up(&mut self, at: usize) {
+        let Some(msg) = self.clients[at].up.pop_front() else {
+            return;
+        };
+        let mut out = Vec::new();
+        let seq = &mut self.seq;
+        let mut next = || {
+            *seq += 1;
+            *seq
+        };
+        match msg {
+            Up::Request(lock) => {
+                self.server
+                    .request(at as u64, 1, &lock, &mut next, &mut out)
+                    .unwrap();
+            }
+            Up::Response(lock) => {
+                self.server
+                    .response(at as u64, &lock, &mut next, &mut out)
+                    .unwrap();
+            }
+        }
+        self.server_actions(out);
+    }
+
+    fn deliver_down(&mut self, at: usize) {
+        let Some(msg) = self.clients[at].down.pop_front() else {
+            return;
+        };
+        let mut out = Vec::new();
+        let client = &mut self.clients[at];
+        match msg {
+            Down::Grant(lock) => {
+                client.pending.remove(&Key::from(lock.key));
+                assert!(
+                    client.brain.grant(&lock, &mut out),
+                    "a grant answers a request"
+                );
+            }
+            Down::Invalidate(lock) => {
+                client.next_id += 1;
+                let token = client.next_id;
+                client.tokens.insert(token, self.epoch);
+                client.brain.invalidate(token, &lock, &mut out);
+            }
+        }
+        self.client_actions(at, out);
+    }
+
+    fn acquire(&mut self, at: usize) {
+        let scope = SCOPES[self.pick(SCOPES.len())];
+        let mode = match (scope, self.pick(2)) {
+            (Scope::MetaSeq(_), 0) => Mode::WriteOnly,
+            (_, 0) => Mode::Write,
+            _ => Mode::Read,
+        };
+        // Like an operation: never a second lock while one is held, but for nesting.
+        let client = &mut self.clients[at];
+        if client.held.len() > 2 || client.waits.len() > 2 {
+            return;
+        }
+        client.next_id += 1;
+        let waiter = client.next_id;
+        let yielding = client.held.is_empty();
+        client.waits.insert(waiter, (scope, mode));
+        let mut out = Vec::new();
+        if let Acquired::Now(id) = client
+            .brain
+            .acquire(scope, mode, yielding, waiter, &mut out)
+        {
+            client.waits.remove(&waiter);
+            client.held.push((scope, id, mode));
+        }
+        self.client_actions(at, out);
+    }
+
+    fn release(&mut self, at: usize, index: usize) {
+        let client = &mut self.clients[at];
+        let (_, id, mode) = client.held.swap_remove(index);
+        let mut out = Vec::new();
+        client.brain.release(id, mode, 7, &mut out);
+        self.client_actions(at, out);
+    }
+
+    fn finish_cleanup(&mut self, at: usize, index: usize) {
+        let revocation = self.clients[at].cleanups.swap_remove(index);
+        let mut out = Vec::new();
+        self.clients[at].brain.revoked(revocation.scope, &mut out);
+        self.client_actions(at, out);
+    }
+
+    fn cancel(&mut self, at: usize) {
+        let client = &mut self.clients[at];
+        let Some((&waiter, &(scope, _))) = client.waits.first_key_value() else {
+            return;
+        };
+        if client.brain.cancel_wait(scope, waiter) {
+            client.waits.remove(&waiter);
+        }
+    }
+
+    /// A new server: messages in flight are lost, pending requests are resent,
+    /// locks are told.
+    fn fail_over(&mut self) {
+        self.epoch += 1;
+        self.server = LockServer::recovering(0..self.clients.len() as u64);
+        for client in &mut self.clients {
+            client.down.clear();
+            client.up.clear();
+            client
+                .up
+                .extend(client.pending.values().map(|msg| Up::Request(*msg)));
+        }
+        for at in 0..self.clients.len() {
+            if self.pick(2) == 0 {
+                self.deliver_up(at);
+            }
+            let rid = at as u64;
+            let mut out = Vec::new();
+            while let Some(cursor) = self.server.recovery_cursor(rid) {
+                let batch = self.clients[at].brain.recover(&cursor, 1);
+                let (greatest, done) = self.server.recover(rid, &batch).unwrap();
+                self.seq = self.seq.max(greatest);
+                if done {
+                    let seq = &mut self.seq;
+                    let mut next = || {
+                        *seq += 1;
+                        *seq
+                    };
+                    self.server.recovered(rid, &mut next, &mut out);
+                }
+            }
+            self.server_actions(out);
+        }
+    }
+
+    fn step(&mut self) {
+        let at = self.pick(self.clients.len());
+        match self.pick(12) {
+            0..=2 => self.deliver_up(at),
+            3..=5 => self.deliver_down(at),
+            6 | 7 => self.acquire(at),
+            8 => {
+                let n = self.clients[at].held.len();
+                if n > 0 {
+                    let index = self.pick(n);
+                    self.release(at, index);
+                }
+            }
+            9 | 10 => {
+                let n = self.clients[at].cleanups.len();
+                if n > 0 {
+                    let index = self.pick(n);
+                    self.finish_cleanup(at, index);
+                }
+            }
+            _ => match self.rng.next_u64() % 16 {
+                0 => self.fail_over(),
+                1..=4 => self.cancel(at),
+                _ => {}
+            },
+        }
+        self.check();
+    }
+
+    /// Invariants 1, 2 and 7 of spec 10 section 15.
+    fn check(&self) {
+        for scope in SCOPES {
+            let actual: Vec<Mode> = self
+                .clients
+                .iter()
+                .flat_map(|c| c.brain.table())
+                .filter(|lock| lock.scope == scope)
+                .map(|lock| lock.invalidating.unwrap_or(lock.mode))
+                .filter(|mode| *mode != Mode::Null)
+                .collect();
+            let write = actual.contains(&Mode::Write);
+            assert!(
+                !write || actual.len() == 1,
+                "{scope:?}: WRITE is alone: {actual:?}"
+            );
+            assert!(
+                !(actual.contains(&Mode::Read) && actual.contains(&Mode::WriteOnly)),
+                "{scope:?}: READ and WRITE_ONLY together"
+            );
+        }
+        for client in &self.clients {
+            for (scope, _, mode) in &client.held {
+                let lock = client
+                    .brain
+                    .table()
+                    .into_iter()
+                    .find(|l| l.scope == *scope)
+                    .unwrap();
+                assert!(
+                    lock.mode.satisfies(*mode),
+                    "{scope:?} is held in {mode:?} under {lock:?}"
+                );
+            }
+        }
+    }
+
+    /// Everything is delivered, cleaned up and released until all is quiet:
+    /// nobody may be left waiting.
+    fn drain(&mut self) {
+        for _ in 0..10_000 {
+            let mut busy = false;
+            for at in 0..self.clients.len() {
+                while !self.clients[at].held.is_empty() {
+                    self.release(at, 0);
+                    busy = true;
+                }
+                while !self.clients[at].cleanups.is_empty() {
+                    self.finish_cleanup(at, 0);
+                    busy = true;
+                }
+                busy |= !self.clients[at].up.is_empty() || !self.clients[at].down.is_empty();
+                self.deliver_up(at);
+                self.deliver_down(at);
+            }
+            self.check();
+            if !busy {
+                break;
+            }
+        }
+        for client in &self.clients {
+            assert!(
+                client.waits.is_empty(),
+                "a waiter was forgotten: {:?}",
+                client.waits
+            );
+            assert!(client.pending.is_empty(), "a request was never answered");
+        }
+        assert!(
+            self.server.table().all(|e| e.list == List::Granted),
+            "the server still waits for somebody"
+        );
+    }
+}
+
+#[test]
+fn modes_stay_compatible_and_nobody_is_forgotten() {
+    let mut grants = 0;
+    for seed in 0..300 {
+        let mut world = World::new(seed, 1 + (seed % 4) as usize);
+        for _ in 0..400 {
+            world.step();
+        }
+        world.drain();
+        grants += world.grants;
+    }
+    assert!(grants > 5_000, "the worlds did something: {grants} grants");
+}
+
+fn grant_of(out: &[ServerAction]) -> Vec<(u64, u8, u8)> {
+    out.iter()
+        .filter_map(|a| match a {
+            ServerAction::Grant { rid, lock, .. } => Some((*rid, lock.old_mode, lock.new_mode)),
+            ServerAction::Invalidate { .. } => None,
+        })
+        .collect()
+}
+
+/// The crossing of spec 10 section 9.7: the server's record counts, not what
+/// the client thought when it asked.
+#[test]
+fn crossing_upgrade_is_granted_from_null() {
+    let key = Scope::InodeGroup(0).range().start;
+    let mut server = LockServer::default();
+    let mut seq = 0;
+    let mut next = || {
+        seq += 1;
+        seq
+    };
+    let mut out = Vec::new();
+    server
+        .request(
+            1,
+            1,
+            &net_lock(&key, 0, Mode::Null, Mode::Read),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    server
+        .request(
+            2,
+            1,
+            &net_lock(&key, 0, Mode::Null, Mode::Write),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    server
+        .request(
+            1,
+            2,
+            &net_lock(&key, 0, Mode::Read, Mode::Write),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    out.clear();
+    server
+        .response(
+            1,
+            &net_lock(&key, 0, Mode::Read, Mode::Null),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    assert_eq!(grant_of(&out), [(2, 0, 2)]);
+    out.clear();
+    server
+        .response(
+            2,
+            &net_lock(&key, 0, Mode::Write, Mode::Null),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    assert_eq!(grant_of(&out), [(1, 0, 2)]);
+}
+
+#[test]
+fn upgrade_without_sharing_keeps_the_old_mode() {
+    let key = Scope::InodeGroup(0).range().start;
+    let mut server = LockServer::default();
+    let mut out = Vec::new();
+    let mut next = || 9;
+    server
+        .request(
+            1,
+            1,
+            &net_lock(&key, 0, Mode::Null, Mode::Read),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    server
+        .request(
+            1,
+            2,
+            &net_lock(&key, 0, Mode::Read, Mode::Write),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    assert_eq!(grant_of(&out), [(1, 0, 1), (1, 1, 2)]);
+}
+
+#[test]
+fn release_invalidates_the_holder_first() {
+    let key = Scope::InodeGroup(0).range().start;
+    let mut server = LockServer::default();
+    let mut out = Vec::new();
+    let mut next = || 9;
+    server
+        .request(
+            1,
+            1,
+            &net_lock(&key, 0, Mode::Null, Mode::Write),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    out.clear();
+    server
+        .request(
+            1,
+            2,
+            &net_lock(&key, 0, Mode::Write, Mode::Null),
+            &mut next,
+            &mut out,
+        )
+        .unwrap();
+    let inv = net_lock(&key, 0, Mode::Write, Mode::Null);
+    assert_eq!(out, [ServerAction::Invalidate { rid: 1, lock: inv }]);
+    out.clear();
+    server.response(1, &inv, &mut next, &mut out).unwrap();
+    assert_eq!(grant_of(&out), [(1, 0, 0)]);
+    assert_eq!(
+        server.table().count(),
+        0,
+        "nothing is kept of a lock nobody has"
+    );
+}
+
+#[test]
+fn broken_clients_are_named() {
+    let key = Scope::InodeGroup(0).range().start;
+    let mut server = LockServer::default();
+    let mut out = Vec::new();
+    let mut next = || 9;
+    let mut bad = net_lock(&key, 0, Mode::Null, Mode::Read);
+    bad.new_mode = 4;
+    let error = server.request(1, 1, &bad, &mut next, &mut out).unwrap_err();
+    assert!(matches!(error, LockProtocolError::BadMode { mode: 4, .. }));
+    let inside = Key { first: 5, ..key };
+    let error = server
+        .request(
+            1,
+            1,
+            &net_lock(&inside, 0, Mode::Null, Mode::Read),
+            &mut next,
+            &mut out,
+        )
+        .unwrap_err();
+    assert!(matches!(error, LockProtocolError::BadKey { .. }));
+    let error = server
+        .response(
+            1,
+            &net_lock(&key, 0, Mode::Write, Mode::Null),
+            &mut next,
+            &mut out,
+        )
+        .unwrap_err();
+    assert!(matches!(error, LockProtocolError::NotInvalidated { .. }));
+    assert!(out.is_empty());
+}
+
+/// An invalidation repeated after a failover must not raise a mode (section 16.3).
+#[test]
+fn repeated_downgrade_does_not_raise_null_to_read() {
+    let scope = Scope::InodeGroup(0);
+    let key = scope.range().start;
+    let mut brain = LockClient::new(Policy::default());
+    let mut out = Vec::new();
+    assert_eq!(
+        brain.acquire(scope, Mode::Write, true, 1, &mut out),
+        Acquired::Wait
+    );
+    brain.grant(&net_lock(&key, 5, Mode::Null, Mode::Write), &mut out);
+    brain.invalidate(1, &net_lock(&key, 0, Mode::Write, Mode::Null), &mut out);
+    brain.invalidate(2, &net_lock(&key, 0, Mode::Write, Mode::Read), &mut out);
+    let id = brain.id_of(scope).unwrap();
+    out.clear();
+    brain.release(id, Mode::Write, 0, &mut out);
+    brain.revoked(scope, &mut out);
+    brain.revoked(scope, &mut out);
+    let answers: Vec<u8> = out
+        .iter()
+        .filter_map(|a| match a {
+            ClientAction::Respond(_, msg) => Some(msg.new_mode),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(answers, [Mode::Null as u8, Mode::Null as u8]);
+}
+
+#[test]
+fn scopes_are_found_from_the_keys_they_cover() {
+    for scope in [
+        Scope::InodeGroup(5000).normal(),
+        Scope::MetaSeq(5000).normal(),
+        Scope::DataSeq(5000).normal(),
+        Scope::Orphans,
+        Scope::Quota,
+        Scope::Totl,
+        Scope::Indx,
+        Scope::Rename,
+    ] {
+        let range = scope.range();
+        assert_eq!(Scope::from_start(&range.start), Some(scope));
+        assert_eq!(Scope::covering(&range.end), Some(scope));
+    }
+    assert_eq!(
+        Scope::from_start(&Key {
+            first: 1,
+            ..Scope::Quota.range().start
+        }),
+        None
+    );
+}
+
+mod omap {
+    use super::super::omap::{Action, LocalMap, OmapServer, has_bit};
+    use crate::format::OpenInoMapArgs;
+
+    fn args(group_nr: u64) -> OpenInoMapArgs {
+        OpenInoMapArgs {
+            group_nr: group_nr.into(),
+            ..OpenInoMapArgs::default()
+        }
+    }
+
+    #[test]
+    fn a_lone_client_is_answered_at_once() {
+        let mut server = OmapServer::new(false);
+        let mut out = Vec::new();
+        server.request(1, 4, &args(4), &mut out);
+        assert!(matches!(&out[..], [Action::Answer { rid: 1, id: 4, .. }]));
+    }
+
+    #[test]
+    fn every_other_client_is_asked_or_reclaimed() {
+        let mut server = OmapServer::new(true);
+        (1..=3).for_each(|rid| server.add_client(rid));
+        let mut out = Vec::new();
+        server.request(1, 4, &args(4), &mut out);
+        assert!(
+            out.is_empty(),
+            "nobody is asked while clients may be missing"
+        );
+        server.recovered(&mut out);
+        assert_eq!(out.len(), 2);
+        let Action::Ask { rid: 2, args } = out[0] else {
+            panic!("{out:?}")
+        };
+        let mut local = LocalMap::default();
+        local.get(5000);
+        out.clear();
+        server.response(2, &local.answer(&args), &mut out);
+        server.response(2, &local.answer(&args), &mut out);
+        assert!(out.is_empty());
+        server.remove_client(3, &mut out);
+        let [Action::Answer { rid: 1, id: 4, map }] = &out[..] else {
+            panic!("{out:?}")
+        };
+        assert!(has_bit(map, 904));
+        assert_eq!(
+            map.bits.iter().map(|w| w.get().count_ones()).sum::<u32>(),
+            1
+        );
+    }
+
+    #[test]
+    fn bits_follow_the_counts() {
+        let mut local = LocalMap::default();
+        local.get(5000);
+        local.get(5000);
+        assert!(!local.put(5000));
+        assert!(local.is_open(5000));
+        assert!(local.put(5000));
+        assert!(!has_bit(&local.answer(&args(4)), 904));
+    }
+}
