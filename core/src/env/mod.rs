@@ -13,6 +13,8 @@ mod device;
 mod net;
 mod probe;
 mod race;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod time;
 
 pub use buf::{ALIGN, AlignedBuf, IoBuf};
