@@ -1,1 +1,105 @@
-//! Placeholder.
+//! The server actor: the one place in the cluster that changes shared metadata
+//! (spec 04 sections 8 to 12 and 16; 08 sections 8 to 10; 09 sections 6 to 11).
+//!
+//! * [`Control`]: the quorum agent's handle on one server instance, from
+//!   election to shutdown.
+//! * [`recovery`]: which clients of an earlier server are still to be heard from.
+//! * [`fence`]: making sure that a mount that is gone can never write again.
+//! * [`gate`]: who may change state now, and when that is written.
+//!
+//! What can go wrong: two servers that write at once, a lock or a free block
+//! given away while its old owner may still write, an answer sent before what it
+//! promises is durable. Each has one place here that prevents it: the fence
+//! before the first read of the super, the reclaim after the fence only, and
+//! `apply`, through which every changing handler answers.
+
+mod control;
+pub mod fence;
+pub mod gate;
+pub mod recovery;
+
+pub use control::{Control, Handle, Status};
+pub use fence::{FenceAgent, FenceError, FenceReason, FenceRequest};
+
+use crate::env::Duration;
+use std::net::SocketAddrV4;
+use std::sync::Arc;
+
+/// What one server instance is started with. Crosses to the server's thread.
+#[derive(Clone)]
+pub struct ServerConfig {
+    /// Volume id.
+    pub fsid: u64,
+    /// The mount that runs this server.
+    pub rid: u64,
+    /// Term it was elected for; greater than 0.
+    pub term: u64,
+    /// Address of the mount's quorum slot, to listen on.
+    pub addr: SocketAddrV4,
+    /// Timeouts and limits.
+    pub policy: Policy,
+    /// Who makes dead mounts really dead.
+    pub fence: Arc<dyn FenceAgent>,
+}
+
+impl std::fmt::Debug for ServerConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServerConfig")
+            .field("rid", &format_args!("{:016x}", self.rid))
+            .field("term", &self.term)
+            .field("addr", &self.addr)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the spec leaves free or makes an option, with the original's values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// How long clients of an earlier server have to greet and tell their locks
+    /// (spec 09 section 7).
+    pub recovery_timeout: Duration,
+    /// How long all earlier leaders together may take to be fenced (09 section 9.2).
+    pub leader_fence_timeout: Duration,
+    /// How long an agent has for one mount (09 section 9.1).
+    pub fence_timeout: Duration,
+    /// How long a client may stay away before it is fenced (08 section 5).
+    pub reconnect_timeout: Duration,
+    /// Limit of silence on a client's connection (08 section 5).
+    pub keepalive_timeout: Duration,
+    /// How long GET_LOG_TREES waits for all mounts to finalize (05 section 3).
+    pub log_merge_wait_timeout: Duration,
+    /// First pause of that wait; half as long again each time.
+    pub finalize_poll_min: Duration,
+    /// Longest pause of that wait.
+    pub finalize_poll_max: Duration,
+    /// Metadata blocks a holder of the commit may use (03 section 13).
+    pub hold_budget: u32,
+    /// Metadata blocks one pass of moving extents may use (03 section 8).
+    pub move_budget: u32,
+    /// Item tree height above which a mount's GET_LOG_TREES finalizes it (05 section 3).
+    pub finalize_height: u8,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            recovery_timeout: Duration::from_secs(30),
+            leader_fence_timeout: Duration::from_secs(15),
+            fence_timeout: Duration::from_secs(30),
+            reconnect_timeout: Duration::from_secs(20),
+            keepalive_timeout: Duration::from_secs(24),
+            log_merge_wait_timeout: Duration::from_millis(500),
+            finalize_poll_min: Duration::from_millis(5),
+            finalize_poll_max: Duration::from_millis(100),
+            hold_budget: 500,
+            move_budget: 250,
+            finalize_height: 2,
+        }
+    }
+}
+
+/// The whole life of one server instance (spec 09 section 6). Returns when the
+/// server is down.
+pub async fn run(_env: crate::env::Env, _config: ServerConfig, _handle: Handle) {
+    unreachable!("lands next")
+}
