@@ -545,11 +545,17 @@ struct TestSpawner {
 
 impl Spawner for TestSpawner {
     fn spawn_local(&self, name: &'static str, task: LocalBoxFuture<'static, ()>) -> Rc<dyn Task> {
-        let exec = self.exec.upgrade().expect("the executor outlives its tasks");
+        let exec = self
+            .exec
+            .upgrade()
+            .expect("the executor outlives its tasks");
         exec.spawn(name, task)
     }
     fn spawn_actor(&self, name: &str, main: ActorMain) {
-        let exec = self.exec.upgrade().expect("the executor outlives its tasks");
+        let exec = self
+            .exec
+            .upgrade()
+            .expect("the executor outlives its tasks");
         let make = self.env.borrow().as_ref().and_then(Weak::upgrade);
         let env = make.expect("the test world outlives its actors")();
         exec.spawn(name, main(env));
@@ -620,12 +626,7 @@ impl TestWorld {
     }
 
     /// As [`TestWorld::new`], with a network of the test's own.
-    pub fn with_network(
-        seed: u64,
-        meta_bytes: u64,
-        data_bytes: u64,
-        net: Rc<dyn Network>,
-    ) -> Self {
+    pub fn with_network(seed: u64, meta_bytes: u64, data_bytes: u64, net: Rc<dyn Network>) -> Self {
         let (meta, data) = (MemDevice::new(meta_bytes), MemDevice::new(data_bytes));
         let clock = TestClock::new();
         let entropy = TestEntropy::new(seed);
