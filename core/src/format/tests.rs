@@ -140,7 +140,8 @@ fn keys_compare_in_their_own_order() {
 
 #[test]
 fn key_bytes_buckets_and_bloom_bits() {
-    let rows: [(Key, &str, u32, usize, u64, [u32; 3]); 8] = [
+    type Row = (Key, &'static str, u32, usize, u64, [u32; 3]);
+    let rows: [Row; 8] = [
         (
             key_of("4.0.4.0.1.0"),
             "0000000000000000000000000000000001000000000000000004040000000000",
