@@ -50,6 +50,11 @@ impl Gate {
         self.inner.0.get()
     }
 
+    /// Whether both are the same gate.
+    pub fn same(&self, other: &Gate) -> bool {
+        Rc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// Waits until it is open.
     pub async fn wait(&self) {
         self.inner.1.wait_for(|| self.is_open().then_some(())).await;

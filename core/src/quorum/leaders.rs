@@ -21,7 +21,10 @@ pub fn find_server<'a>(
         .filter(|(_, block)| unresolved(block))
         // The lowest slot of those of the same term, as the original's walk.
         .min_by_key(|(slot, block)| {
-            (std::cmp::Reverse(term(block, QuorumEventKind::Elect)), *slot)
+            (
+                std::cmp::Reverse(term(block, QuorumEventKind::Elect)),
+                *slot,
+            )
         })
         .map(|(slot, _)| slot)
 }

@@ -17,9 +17,6 @@ pub mod brain;
 pub mod config;
 pub mod leaders;
 
-
-
-
 pub use config::{ConfigError, Slots};
 pub use leaders::{LeaderCandidate, fence_candidates, find_server, unresolved};
 

@@ -47,7 +47,12 @@ mod tests {
         assert_eq!(errno_from_wire(0), Some(Ok(())));
         assert_eq!(errno_from_wire(7), None);
         assert_eq!(errno_from_wire(0xea), None);
-        for other in [Errno::EEXIST, Errno::EAGAIN, Errno::ESTALE, Errno::EOPNOTSUPP] {
+        for other in [
+            Errno::EEXIST,
+            Errno::EAGAIN,
+            Errno::ESTALE,
+            Errno::EOPNOTSUPP,
+        ] {
             assert_eq!(wire_from_errno(other), 5);
         }
     }

@@ -4,9 +4,7 @@
 use super::frame::Frame;
 use super::listener::GreetingInfo;
 use crate::errno::Errno;
-use crate::format::{
-    NET_GREETING_FLAG_FAREWELL, NET_GREETING_FLAG_QUORUM, NetCmd, NetGreeting,
-};
+use crate::format::{NET_GREETING_FLAG_FAREWELL, NET_GREETING_FLAG_QUORUM, NetCmd, NetGreeting};
 use bytes::Bytes;
 use std::net::SocketAddrV4;
 use thiserror::Error;
@@ -58,7 +56,10 @@ pub fn accept_response(frame: &Frame, asked: &NetGreeting) -> Result<u64, Greeti
     if frame.cmd != NetCmd::Greeting || !frame.response {
         return Err(GreetingError::NotAGreeting);
     }
-    let bytes = frame.body.as_ref().map_err(|e| GreetingError::Refused(*e))?;
+    let bytes = frame
+        .body
+        .as_ref()
+        .map_err(|e| GreetingError::Refused(*e))?;
     let answer = NetGreeting::read_from_bytes(bytes).map_err(|_| GreetingError::Mismatch)?;
     let same = answer.fsid == asked.fsid && answer.fmt_vers == asked.fmt_vers;
     match answer.server_term.get() {

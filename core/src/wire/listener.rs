@@ -7,11 +7,18 @@
 //! session, moving to a new socket is one assignment that nothing can get between
 //! (spec 08 sections 13.6 and 13.8).
 
-use super::frame::Frame;
-use crate::env::{Duration, Env, LocalBoxFuture, NetError};
+use super::conn::{Conn, Received};
+use super::frame::{Decoder, Frame};
+use super::greeting::{self, Attach};
+use crate::env::{
+    Duration, Either, Env, Gate, LocalBoxFuture, NetError, Signal, Stream, StreamReader,
+    StreamWriter, Task, probe, race, timeout,
+};
 use crate::errno::Errno;
-use crate::format::NetCmd;
-use bytes::Bytes;
+use crate::format::{NetCmd, NetGreeting};
+use bytes::{Bytes, BytesMut};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
 use std::rc::Rc;
 use thiserror::Error;
@@ -111,7 +118,9 @@ pub trait ServerHooks {
     fn attached(&self, rid: u64);
 
     /// The session is freed: `nr_clients` down, queued farewells of `rid` dropped.
-    /// Called once for each [`ServerHooks::attached`], but not at shutdown.
+    /// Called once for each [`ServerHooks::attached`], but not at shutdown. A queued
+    /// farewell needs no answer then: the client sends it again, or finds its
+    /// mounted client item gone.
     fn gone(&self, rid: u64);
 
     /// A request, in the order of arrival. Must not wait: long work is spawned.
@@ -136,21 +145,97 @@ pub trait ServerHooks {
     fn listener_failed(&self, error: NetError);
 }
 
+/// Commands that a server handles as requests (spec 08 section 7).
+const fn handles(cmd: NetCmd) -> bool {
+    !matches!(
+        cmd,
+        NetCmd::Greeting | NetCmd::SyncLogTrees | NetCmd::LockRecover
+    )
+}
+
+/// One client's connection object.
+struct Session {
+    id: u64,
+    rid: u64,
+    state: RefCell<SessionState>,
+    /// There is something to write.
+    to_write: Signal,
+    /// Something was written.
+    written: Signal,
+}
+
+struct SessionState {
+    conn: Conn,
+    /// Id of the greeting that attached the socket: larger is more recent.
+    greeting_id: u64,
+    peer: SocketAddrV4,
+    /// A FAREWELL response was handed to the socket.
+    saw_farewell: bool,
+    /// Closes the socket that is up, if one is.
+    socket: Option<Gate>,
+    /// Waits for the client to reconnect.
+    waiting: Option<Rc<dyn Task>>,
+}
+
+struct Inner {
+    env: Env,
+    config: ListenerConfig,
+    hooks: RefCell<Option<Rc<dyn ServerHooks>>>,
+    sessions: RefCell<BTreeMap<u64, Rc<Session>>>,
+    next_session: Cell<u64>,
+    /// Sockets that have not greeted yet.
+    strangers: Cell<usize>,
+    closed: Gate,
+    /// Tasks that still run: sockets and the accept loop.
+    tasks: Cell<usize>,
+    ended: Signal,
+}
+
+/// Counts a running task.
+struct Running(Rc<Inner>);
+
+impl Running {
+    fn new(inner: &Rc<Inner>) -> Self {
+        inner.tasks.set(inner.tasks.get() + 1);
+        Self(inner.clone())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.tasks.set(self.0.tasks.get() - 1);
+        self.0.ended.wake_all();
+    }
+}
+
 /// The connections of one server. Cheap to clone.
 #[derive(Clone)]
 pub struct Connections {
-    _inner: Rc<()>,
+    inner: Rc<Inner>,
 }
 
 impl Connections {
     /// Starts to accept connections on `listener`.
     pub fn start(
-        _env: &Env,
-        _listener: Box<dyn crate::env::Listener>,
-        _config: ListenerConfig,
-        _hooks: Rc<dyn ServerHooks>,
+        env: &Env,
+        listener: Box<dyn crate::env::Listener>,
+        config: ListenerConfig,
+        hooks: Rc<dyn ServerHooks>,
     ) -> Connections {
-        unreachable!("lands next")
+        let inner = Rc::new(Inner {
+            env: env.clone(),
+            config,
+            hooks: RefCell::new(Some(hooks)),
+            sessions: RefCell::default(),
+            next_session: Cell::new(1),
+            strangers: Cell::new(0),
+            closed: Gate::default(),
+            tasks: Cell::new(0),
+            ended: Signal::default(),
+        });
+        let running = Running::new(&inner);
+        env.spawn("accept", accept_loop(running, listener));
+        Connections { inner }
     }
 
     /// Queues the answer to a request; an error is sent without payload.
@@ -158,39 +243,485 @@ impl Connections {
     /// # Errors
     /// If the session that asked is gone. A session that waits for its client to
     /// reconnect counts as there.
-    pub fn respond(&self, _to: &Origin, _body: Result<Bytes, Errno>) -> Result<(), NotConnected> {
-        unreachable!("lands next")
+    pub fn respond(&self, to: &Origin, body: Result<Bytes, Errno>) -> Result<(), NotConnected> {
+        let session = self.inner.session(to.rid)?;
+        if session.id != to.session {
+            probe("response_to_freed_session");
+            return Err(NotConnected { rid: to.rid });
+        }
+        let mut state = session.state.borrow_mut();
+        let epoch = state.conn.epoch();
+        state.conn.respond(epoch, to.id, to.cmd, body);
+        drop(state);
+        session.to_write.wake_all();
+        Ok(())
     }
 
     /// Queues a request to a client and returns its id.
     ///
     /// # Errors
     /// If the client has no session.
-    pub fn request(&self, _rid: u64, _cmd: NetCmd, _payload: Bytes) -> Result<u64, NotConnected> {
-        unreachable!("lands next")
+    ///
+    /// # Panics
+    /// If clients do not handle `cmd`: the original's would read past its table.
+    pub fn request(&self, rid: u64, cmd: NetCmd, payload: Bytes) -> Result<u64, NotConnected> {
+        assert!(
+            super::client_handles(cmd),
+            "request {cmd:?} to a client that has no handler"
+        );
+        let session = self.inner.session(rid)?;
+        let id = session.state.borrow_mut().conn.request(cmd, payload);
+        session.to_write.wake_all();
+        Ok(id)
     }
 
     /// Closes the client's socket; its session waits for it to reconnect.
-    pub fn break_connection(&self, _rid: u64) {
-        unreachable!("lands next")
+    pub fn break_connection(&self, rid: u64) {
+        if let Ok(session) = self.inner.session(rid)
+            && let Some(gate) = &session.state.borrow().socket
+        {
+            gate.open();
+        }
     }
 
     /// Closes the client's socket and frees its session, as after a fence.
-    pub fn drop_client(&self, _rid: u64) {
-        unreachable!("lands next")
+    pub fn drop_client(&self, rid: u64) {
+        if let Ok(session) = self.inner.session(rid) {
+            self.inner.free(&session);
+        }
     }
 
     /// Clients with a session and their last known addresses, by rid.
     pub fn clients(&self) -> Vec<(u64, SocketAddrV4)> {
-        unreachable!("lands next")
+        let sessions = self.inner.sessions.borrow();
+        sessions
+            .iter()
+            .map(|(rid, session)| (*rid, session.state.borrow().peer))
+            .collect()
     }
 
     /// Stops listening, closes every socket and frees every session, without
-    /// fencing anybody. No hook is called any more once this returns.
-    pub fn shutdown(&self) {
-        unreachable!("lands next")
+    /// fencing anybody. No hook is called any more from now on; completes when the
+    /// last task has ended, so a greeting hook that still waits is waited for.
+    pub async fn shutdown(&self) {
+        let inner = &self.inner;
+        inner.hooks.borrow_mut().take();
+        inner.closed.open();
+        let sessions = std::mem::take(&mut *inner.sessions.borrow_mut());
+        for session in sessions.values() {
+            session.close();
+        }
+        inner
+            .ended
+            .wait_for(|| (inner.tasks.get() == 0).then_some(()))
+            .await;
     }
 }
 
-#[allow(unused)]
-type Sketch = Frame;
+impl Session {
+    /// Closes the socket and stops waiting for another one.
+    fn close(&self) {
+        let mut state = self.state.borrow_mut();
+        if let Some(gate) = state.socket.take() {
+            gate.open();
+        }
+        if let Some(waiting) = state.waiting.take() {
+            waiting.abort();
+        }
+        state.conn.detach();
+    }
+
+    /// Moves to a new socket; what the old one still does has no effect.
+    fn attach(&self, id: u64, peer: SocketAddrV4, term: u64) -> Gate {
+        self.close();
+        let gate = Gate::default();
+        let mut state = self.state.borrow_mut();
+        state.greeting_id = id;
+        state.peer = peer;
+        state.socket = Some(gate.clone());
+        state.conn.attach(term);
+        gate
+    }
+}
+
+impl Inner {
+    fn session(&self, rid: u64) -> Result<Rc<Session>, NotConnected> {
+        let sessions = self.sessions.borrow();
+        sessions.get(&rid).cloned().ok_or(NotConnected { rid })
+    }
+
+    fn hooks(&self) -> Option<Rc<dyn ServerHooks>> {
+        self.hooks.borrow().clone()
+    }
+
+    fn is_current(&self, session: &Session) -> bool {
+        let sessions = self.sessions.borrow();
+        sessions
+            .get(&session.rid)
+            .is_some_and(|s| s.id == session.id)
+    }
+
+    fn free(&self, session: &Session) {
+        if !self.is_current(session) {
+            return;
+        }
+        self.sessions.borrow_mut().remove(&session.rid);
+        session.close();
+        if let Some(hooks) = self.hooks() {
+            hooks.gone(session.rid);
+        }
+    }
+
+    fn new_session(&self, rid: u64, peer: SocketAddrV4) -> Rc<Session> {
+        let id = self.next_session.get();
+        self.next_session.set(id + 1);
+        let session = Rc::new(Session {
+            id,
+            rid,
+            state: RefCell::new(SessionState {
+                conn: Conn::server(self.config.term),
+                greeting_id: 0,
+                peer,
+                saw_farewell: false,
+                socket: None,
+                waiting: None,
+            }),
+            to_write: Signal::default(),
+            written: Signal::default(),
+        });
+        self.sessions.borrow_mut().insert(rid, session.clone());
+        session
+    }
+
+    /// Finds or makes the session for an accepted greeting and attaches the socket.
+    /// All in one step: nothing can be sent to the rid in between (13.8).
+    fn attach(&self, id: u64, info: &GreetingInfo) -> Option<Attached> {
+        let old = self.session(info.rid).ok();
+        let current = old.as_ref().map(|s| s.state.borrow().greeting_id);
+        let (session, is_new) = match (greeting::decide(current, id, info), old) {
+            (Attach::Refuse, _) => {
+                probe("greeting_refused_stale");
+                return None;
+            }
+            (Attach::Move, Some(session)) => {
+                probe("session_moved");
+                (session, false)
+            }
+            (Attach::Replace, Some(old)) => {
+                probe("session_replaced");
+                self.free(&old);
+                (self.new_session(info.rid, info.peer), true)
+            }
+            _ => (self.new_session(info.rid, info.peer), true),
+        };
+        let seq = session.state.borrow_mut().conn.greeting_response();
+        let gate = session.attach(id, info.peer, self.config.term);
+        if is_new && let Some(hooks) = self.hooks() {
+            hooks.attached(info.rid);
+        }
+        Some(Attached { session, gate, seq })
+    }
+
+    fn answer(&self, rid: u64) -> NetGreeting {
+        NetGreeting {
+            fsid: self.config.fsid.into(),
+            fmt_vers: self.config.fmt_vers.into(),
+            server_term: self.config.term.into(),
+            rid: rid.into(),
+            flags: 0.into(),
+        }
+    }
+}
+
+/// A socket that greeted.
+struct Attached {
+    session: Rc<Session>,
+    /// Opens when this socket is to be closed.
+    gate: Gate,
+    /// Seq of the greeting response.
+    seq: u64,
+}
+
+async fn accept_loop(running: Running, mut listener: Box<dyn crate::env::Listener>) {
+    let inner = &running.0;
+    loop {
+        match race(inner.closed.wait(), listener.accept()).await {
+            Either::Left(()) => return,
+            Either::Right(Ok(stream)) if inner.strangers.get() >= inner.config.max_strangers => {
+                probe("too_many_strangers");
+                tracing::warn!(peer = %stream.peer, "too many connections without a greeting");
+            }
+            Either::Right(Ok(stream)) => {
+                let running = Running::new(inner);
+                inner.env.spawn("client socket", socket(running, stream));
+            }
+            Either::Right(Err(error)) => {
+                tracing::error!(%error, "the listening socket failed");
+                if let Some(hooks) = inner.hooks() {
+                    hooks.listener_failed(error);
+                }
+                return;
+            }
+        }
+    }
+}
+
+/// Why a socket ended; for the log.
+#[derive(Debug, Error)]
+enum SocketEnd {
+    #[error("the client closed it")]
+    Eof,
+    #[error("{0}")]
+    Net(#[from] NetError),
+    #[error("{0}")]
+    Frame(#[from] super::FrameError),
+    #[error("message {0:?} has no business here")]
+    Unexpected(NetCmd),
+    #[error("answer to {0:?} against the protocol: {1}")]
+    Protocol(NetCmd, Errno),
+    #[error("it was to be closed")]
+    Asked,
+}
+
+async fn next_frame(
+    reader: &mut dyn StreamReader,
+    decoder: &mut Decoder,
+) -> Result<Frame, SocketEnd> {
+    loop {
+        if let Some(frame) = decoder.next()? {
+            return Ok(frame);
+        }
+        let chunk = reader.read().await?;
+        if chunk.is_empty() {
+            return Err(SocketEnd::Eof);
+        }
+        decoder.push(&chunk);
+    }
+}
+
+/// Counts a socket that has not greeted.
+struct Stranger<'a>(&'a Inner);
+
+impl<'a> Stranger<'a> {
+    fn new(inner: &'a Inner) -> Self {
+        inner.strangers.set(inner.strangers.get() + 1);
+        Self(inner)
+    }
+}
+
+impl Drop for Stranger<'_> {
+    fn drop(&mut self) {
+        self.0.strangers.set(self.0.strangers.get() - 1);
+    }
+}
+
+/// The life of one accepted socket.
+async fn socket(running: Running, stream: Stream) {
+    let inner = &running.0;
+    let Stream {
+        mut reader,
+        mut writer,
+        peer,
+        ..
+    } = stream;
+    let mut decoder = Decoder::default();
+    let greeted = {
+        let _stranger = Stranger::new(inner);
+        greet(inner, peer, &mut *reader, &mut *writer, &mut decoder).await
+    };
+    let (attached, first) = match greeted {
+        Ok(greeted) => greeted,
+        Err(end) => {
+            tracing::debug!(%peer, %end, "connection without a greeting ends");
+            return;
+        }
+    };
+    let Attached { session, gate, .. } = &attached;
+    let io = race(
+        read_loop(inner, session, gate, &mut *reader, &mut decoder),
+        write_loop(inner, session, &mut *writer, first),
+    );
+    let end = match race(gate.wait(), io).await {
+        Either::Left(()) => SocketEnd::Asked,
+        Either::Right(Either::Left(end) | Either::Right(end)) => end,
+    };
+    tracing::debug!(rid = %format_args!("{:016x}", session.rid), %peer, %end, "client socket ends");
+    socket_down(inner, session, gate);
+}
+
+/// Reads and judges the greeting; gives the attached session and the response's bytes.
+async fn greet(
+    inner: &Rc<Inner>,
+    peer: SocketAddrV4,
+    reader: &mut dyn StreamReader,
+    writer: &mut dyn StreamWriter,
+    decoder: &mut Decoder,
+) -> Result<(Attached, Bytes), SocketEnd> {
+    let clock = &inner.env.clock;
+    let deadline = clock.now() + inner.config.greeting_timeout;
+    let first = timeout(&**clock, deadline, next_frame(reader, decoder));
+    let frame = match race(inner.closed.wait(), first).await {
+        Either::Left(()) => return Err(SocketEnd::Asked),
+        Either::Right(None) => {
+            probe("greeting_timeout");
+            return Err(SocketEnd::Net(NetError::TimedOut));
+        }
+        Either::Right(Some(frame)) => frame?,
+    };
+    let (NetCmd::Greeting, false, Ok(payload)) = (frame.cmd, frame.response, &frame.body) else {
+        probe("message_before_greeting");
+        return Err(SocketEnd::Unexpected(frame.cmd));
+    };
+    let c = &inner.config;
+    let judged = match greeting::judge_request(payload, peer, c.fsid, c.fmt_vers, c.term) {
+        Err(errno) => Err(errno),
+        Ok(info) => {
+            let hooks = inner.hooks().ok_or(SocketEnd::Asked)?;
+            hooks.greet(info).await.map(|()| info)
+        }
+    };
+    if inner.closed.is_open() {
+        return Err(SocketEnd::Asked);
+    }
+    let attached = judged.and_then(|info| inner.attach(frame.id, &info).ok_or(Errno::EINVAL));
+    match attached {
+        Ok(attached) => {
+            let rid = attached.session.rid;
+            tracing::info!(rid = %format_args!("{rid:016x}"), %peer, "client connected");
+            let first = greeting::response(attached.seq, frame.id, Ok(inner.answer(rid)));
+            Ok((attached, first.to_bytes()))
+        }
+        Err(errno) => {
+            probe("greeting_refused");
+            tracing::warn!(%peer, %errno, "greeting refused");
+            let refusal = greeting::response(1, frame.id, Err(errno)).to_bytes();
+            let sent = async {
+                writer.write(refusal).await?;
+                writer.shutdown().await
+            };
+            let _ = timeout(&**clock, clock.now() + c.greeting_timeout, sent).await;
+            Err(SocketEnd::Protocol(NetCmd::Greeting, errno))
+        }
+    }
+}
+
+async fn read_loop(
+    inner: &Inner,
+    session: &Rc<Session>,
+    gate: &Gate,
+    reader: &mut dyn StreamReader,
+    decoder: &mut Decoder,
+) -> SocketEnd {
+    loop {
+        // A client that does not read its answers gets nothing more done.
+        let full = || session.state.borrow().conn.unsent() > inner.config.max_unsent;
+        if full() {
+            probe("slow_reader_paused");
+            session.written.wait_for(|| (!full()).then_some(())).await;
+        }
+        let frame = match next_frame(reader, decoder).await {
+            Ok(frame) => frame,
+            Err(end) => return end,
+        };
+        if let Err(end) = dispatch(inner, session, frame) {
+            return end;
+        }
+        if gate.is_open() {
+            return SocketEnd::Asked;
+        }
+    }
+}
+
+fn dispatch(inner: &Inner, session: &Session, frame: Frame) -> Result<(), SocketEnd> {
+    let cmd = frame.cmd;
+    if cmd == NetCmd::Greeting || (!frame.response && !handles(cmd)) {
+        return Err(SocketEnd::Unexpected(cmd));
+    }
+    let received = session.state.borrow_mut().conn.receive(frame);
+    let Some(hooks) = inner.hooks() else {
+        return Err(SocketEnd::Asked);
+    };
+    match received {
+        Received::Nothing => Ok(()),
+        Received::Request {
+            id, cmd, payload, ..
+        } => {
+            let origin = Origin {
+                rid: session.rid,
+                session: session.id,
+                id,
+                cmd,
+            };
+            hooks.request(origin, payload);
+            Ok(())
+        }
+        Received::Response { id, cmd, body } => hooks
+            .response(session.rid, id, cmd, body)
+            .map_err(|errno| SocketEnd::Protocol(cmd, errno)),
+    }
+}
+
+async fn write_loop(
+    inner: &Inner,
+    session: &Session,
+    writer: &mut dyn StreamWriter,
+    first: Bytes,
+) -> SocketEnd {
+    if let Err(error) = writer.write(first).await {
+        return error.into();
+    }
+    loop {
+        let batch = || {
+            let mut state = session.state.borrow_mut();
+            let mut out = BytesMut::new();
+            let mut farewell = false;
+            while out.len() < inner.config.write_chunk
+                && let Some(frame) = state.conn.next()
+            {
+                farewell |= frame.cmd == NetCmd::Farewell && frame.response;
+                frame.encode(&mut out);
+            }
+            (!out.is_empty()).then(|| (out.freeze(), farewell))
+        };
+        let (out, farewell) = session.to_write.wait_for(batch).await;
+        // Marked before the write completes: the client may close the moment it has
+        // the answer. A client that did not get it finds its item gone.
+        session.state.borrow_mut().saw_farewell |= farewell;
+        if let Err(error) = writer.write(out).await {
+            return error.into();
+        }
+        session.written.wake_all();
+    }
+}
+
+/// The socket of `gate` is gone. Unless another one took over, the session waits
+/// for its client, or is freed if the client said farewell.
+fn socket_down(inner: &Rc<Inner>, session: &Rc<Session>, gate: &Gate) {
+    let mut state = session.state.borrow_mut();
+    if !state.socket.as_ref().is_some_and(|mine| mine.same(gate)) {
+        return;
+    }
+    state.socket = None;
+    state.conn.detach();
+    if state.saw_farewell {
+        drop(state);
+        inner.free(session);
+        return;
+    }
+    let (inner, this) = (inner.clone(), session.clone());
+    let env = inner.env.clone();
+    let deadline = env.clock.now() + inner.config.reconnect_timeout;
+    state.waiting = Some(env.spawn("reconnect wait", async move {
+        inner.env.clock.sleep_until(deadline).await;
+        // Cleared first, so that freeing the session does not abort this very task.
+        this.state.borrow_mut().waiting = None;
+        if let Some(hooks) = inner.hooks()
+            && inner.is_current(&this)
+        {
+            probe("client_reconnect_timeout");
+            let peer = this.state.borrow().peer;
+            hooks.reconnect_timeout(this.rid, peer);
+            inner.free(&this);
+        }
+    }));
+}

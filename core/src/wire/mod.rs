@@ -23,5 +23,15 @@ pub use error::{errno_from_wire, wire_from_errno};
 pub use frame::{Decoder, Frame, FrameError};
 pub use listener::{Connections, GreetingInfo, ListenerConfig, NotConnected, Origin, ServerHooks};
 
+use crate::format::NetCmd;
+
+/// Commands that a client handles as requests (spec 08 section 7).
+pub const fn client_handles(cmd: NetCmd) -> bool {
+    matches!(
+        cmd,
+        NetCmd::SyncLogTrees | NetCmd::Lock | NetCmd::LockRecover | NetCmd::OpenInoMap
+    )
+}
+
 #[cfg(test)]
 mod tests;
