@@ -81,6 +81,23 @@ impl Gate {
         Entry::Held
     }
 
+    /// Asks to hold alone, with `need` entries for the holder's own use.
+    pub fn hold_alone(&mut self, room: Room, need: u32) -> Entry {
+        if self.committing || self.applying > 0 || self.holders > 0 {
+            return Entry::Wait;
+        }
+        let need = need.max(self.budget).saturating_add(self.budget);
+        if room.avail < need || room.freed < need {
+            self.committing = true;
+            return Entry::CommitFirst;
+        }
+        self.room = room;
+        self.holders = 1;
+        // No room for anybody else.
+        self.entered = u32::MAX;
+        Entry::Held
+    }
+
     /// A holder leaves, waiting for the commit if `apply`. True if the caller is
     /// to start the commit (it is marked as running).
     #[must_use]
@@ -177,6 +194,21 @@ mod tests {
         };
         assert_eq!(gate.hold(worn), Entry::CommitFirst);
         assert!(gate.is_committing());
+        gate.committed();
+        assert_eq!(gate.hold(FULL), Entry::Held);
+    }
+
+    #[test]
+    fn who_holds_alone_is_alone() {
+        let mut gate = Gate::new(500);
+        assert_eq!(gate.hold(FULL), Entry::Held);
+        assert_eq!(gate.hold_alone(FULL, 3000), Entry::Wait);
+        assert!(!gate.leave(false));
+        assert_eq!(gate.hold_alone(FULL, 8000), Entry::CommitFirst);
+        gate.committed();
+        assert_eq!(gate.hold_alone(FULL, 3000), Entry::Held);
+        assert_eq!(gate.hold(FULL), Entry::Wait);
+        assert!(gate.leave(true));
         gate.committed();
         assert_eq!(gate.hold(FULL), Entry::Held);
     }

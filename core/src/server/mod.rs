@@ -2,10 +2,14 @@
 //! (spec 04 sections 8 to 12 and 16; 08 sections 8 to 10; 09 sections 6 to 11).
 //!
 //! * [`Control`]: the quorum agent's handle on one server instance, from
-//!   election to shutdown.
+//!   election to shutdown; [`run`] is that instance's life.
+//! * [`Store`]: the volume's metadata, stable and dirty, and the commits between;
+//!   with [`gate`]: who may change state now, and when that is written. The
+//!   commands that change it: log trees, log merge, reclaim, the super's fields.
+//! * `hooks`: clients greet, ask and answer; locks and open inode maps.
 //! * [`recovery`]: which clients of an earlier server are still to be heard from.
 //! * [`fence`]: making sure that a mount that is gone can never write again.
-//! * [`gate`]: who may change state now, and when that is written.
+//! * `farewell`: who may leave, and when.
 //!
 //! What can go wrong: two servers that write at once, a lock or a free block
 //! given away while its old owner may still write, an answer sent before what it
@@ -13,13 +17,30 @@
 //! before the first read of the super, the reclaim after the fence only, and
 //! `apply`, through which every changing handler answers.
 
+mod actor;
+mod commands;
 mod control;
+mod error;
+mod farewell;
 pub mod fence;
 pub mod gate;
+mod hooks;
+mod items;
+mod log_trees;
+mod merge;
+mod peers;
+mod reclaim;
 pub mod recovery;
+mod store;
 
+pub use actor::run;
 pub use control::{Control, Handle, Status};
+pub use error::ServerError;
+pub use farewell::may_leave;
 pub use fence::{FenceAgent, FenceError, FenceReason, FenceRequest};
+pub use log_trees::Progress;
+pub use peers::Peers;
+pub use store::{Dirty, Hold, Store, SyncHook};
 
 use crate::env::Duration;
 use std::net::SocketAddrV4;
@@ -38,6 +59,8 @@ pub struct ServerConfig {
     pub addr: SocketAddrV4,
     /// Timeouts and limits.
     pub policy: Policy,
+    /// Sizes and budgets of blocks and allocators.
+    pub block_policy: crate::block::Policy,
     /// Who makes dead mounts really dead.
     pub fence: Arc<dyn FenceAgent>,
 }
@@ -72,10 +95,6 @@ pub struct Policy {
     pub finalize_poll_min: Duration,
     /// Longest pause of that wait.
     pub finalize_poll_max: Duration,
-    /// Metadata blocks a holder of the commit may use (03 section 13).
-    pub hold_budget: u32,
-    /// Metadata blocks one pass of moving extents may use (03 section 8).
-    pub move_budget: u32,
     /// Item tree height above which a mount's GET_LOG_TREES finalizes it (05 section 3).
     pub finalize_height: u8,
 }
@@ -91,15 +110,7 @@ impl Default for Policy {
             log_merge_wait_timeout: Duration::from_millis(500),
             finalize_poll_min: Duration::from_millis(5),
             finalize_poll_max: Duration::from_millis(100),
-            hold_budget: 500,
-            move_budget: 250,
             finalize_height: 2,
         }
     }
-}
-
-/// The whole life of one server instance (spec 09 section 6). Returns when the
-/// server is down.
-pub async fn run(_env: crate::env::Env, _config: ServerConfig, _handle: Handle) {
-    unreachable!("lands next")
 }

@@ -1,0 +1,173 @@
+//! Farewells: letting mounts go without leaving those behind that could no longer
+//! elect a server for their own (spec 08 section 9).
+
+use super::actor::Server;
+use super::recovery::Kind;
+use crate::env::{Notify, probe};
+use crate::format::{MOUNTED_CLIENT_FLAG_QUORUM, MountedClient};
+use crate::quorum::Slots;
+use crate::wire::listener::Origin;
+use bytes::Bytes;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// Farewells that wait for their turn.
+#[derive(Debug, Default)]
+pub(super) struct Farewells {
+    waiting: RefCell<BTreeMap<u64, Origin>>,
+    kick: Notify,
+}
+
+impl Farewells {
+    /// A mount said farewell.
+    pub(super) fn push(&self, origin: Origin) {
+        self.waiting.borrow_mut().insert(origin.rid, origin);
+        self.kick();
+    }
+
+    /// Something changed that farewells may wait for.
+    pub(super) fn kick(&self) {
+        self.kick.notify_one();
+    }
+
+    /// The session of a mount is gone, and with it who would hear the answer.
+    pub(super) fn forget(&self, rid: u64) {
+        self.waiting.borrow_mut().remove(&rid);
+    }
+}
+
+/// Which of the mounts in `leaving`, in this order, may go now. `mounted` are all
+/// mounts with an item.
+///
+/// Mounts that are not quorum members go at once, and members as long as a
+/// majority stays. The last majority goes together, when nobody else is left.
+pub fn may_leave(
+    leaving: &[u64],
+    mounted: &[(u64, MountedClient)],
+    votes_needed: usize,
+) -> Vec<u64> {
+    let is_member = |client: &MountedClient| client.flags & MOUNTED_CLIENT_FLAG_QUORUM != 0;
+    let item = |rid: u64| {
+        mounted
+            .iter()
+            .find(|(m, _)| *m == rid)
+            .map(|(_, client)| client)
+    };
+    let (mut members, mut others) = (0, 0);
+    for (_, client) in mounted {
+        *(if is_member(client) {
+            &mut members
+        } else {
+            &mut others
+        }) += 1;
+    }
+    let mut go = Vec::new();
+    let mut asking = Vec::new();
+    for &rid in leaving {
+        match item(rid) {
+            None => go.push(rid),
+            Some(client) if is_member(client) => asking.push(rid),
+            Some(_) => {
+                go.push(rid);
+                others -= 1;
+            }
+        }
+    }
+    let mut left = asking.len();
+    for rid in asking {
+        if members > votes_needed || (left == members && others == 0) {
+            go.push(rid);
+            members -= 1;
+            left -= 1;
+        }
+    }
+    go
+}
+
+impl Server {
+    /// Answers farewells as they may be answered, until the server stops.
+    pub(super) async fn answer_farewells(self: Rc<Self>) {
+        while self
+            .unless_stopping(self.farewells.kick.notified())
+            .await
+            .is_some()
+        {
+            if let Err(err) = self.let_go().await {
+                return self.fail(err.fatal());
+            }
+        }
+    }
+
+    async fn let_go(self: &Rc<Self>) -> super::error::Result<()> {
+        let leaving: Vec<u64> = self.farewells.waiting.borrow().keys().copied().collect();
+        if leaving.is_empty() {
+            return Ok(());
+        }
+        let mounted = self.store.mounted().await?;
+        let votes = Slots::of(&self.store.stable().qconf).votes_needed();
+        for rid in may_leave(&leaving, &mounted, votes) {
+            if self.recovery.borrow().is_pending(rid, Kind::Locks) {
+                // Its locks would be recovered after it left, and never go away.
+                probe("server.farewell.waits_for_locks");
+                continue;
+            }
+            self.reclaim(rid).await?;
+            let origin = self.farewells.waiting.borrow_mut().remove(&rid);
+            if let (Some(origin), Some(peers)) = (origin, self.peers()) {
+                // A client that is not there finds its item gone.
+                let _ = peers.respond(&origin, Ok(Bytes::new()));
+            }
+            // Those that waited for it may go now.
+            self.farewells.kick();
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mounts(members: &[u64], others: &[u64]) -> Vec<(u64, MountedClient)> {
+        let client = |flags| MountedClient {
+            flags,
+            ..MountedClient::default()
+        };
+        let members = members
+            .iter()
+            .map(|rid| (*rid, client(MOUNTED_CLIENT_FLAG_QUORUM)));
+        members
+            .chain(others.iter().map(|rid| (*rid, client(0))))
+            .collect()
+    }
+
+    #[test]
+    fn members_beyond_the_majority_leave_freely() {
+        let all = mounts(&[1, 2, 3], &[8]);
+        assert_eq!(may_leave(&[1], &all, 2), [1]);
+        assert_eq!(may_leave(&[1, 2], &all, 2), [1]);
+        assert_eq!(may_leave(&[1, 2, 3], &all, 2), [1]);
+    }
+
+    #[test]
+    fn the_last_majority_leaves_together_after_everybody_else() {
+        let all = mounts(&[1, 2], &[8]);
+        assert_eq!(may_leave(&[1, 2], &all, 2), []);
+        assert_eq!(may_leave(&[1, 2, 8], &all, 2), [8, 1, 2]);
+        let rest = mounts(&[1, 2], &[]);
+        assert_eq!(may_leave(&[1], &rest, 2), []);
+        assert_eq!(may_leave(&[1, 2], &rest, 2), [1, 2]);
+    }
+
+    #[test]
+    fn a_single_mount_leaves() {
+        assert_eq!(may_leave(&[1], &mounts(&[1], &[]), 1), [1]);
+        assert_eq!(may_leave(&[1], &mounts(&[1], &[9]), 1), []);
+    }
+
+    #[test]
+    fn who_was_reclaimed_already_is_answered() {
+        assert_eq!(may_leave(&[7], &mounts(&[1, 2], &[]), 2), [7]);
+    }
+}
