@@ -1,0 +1,403 @@
+//! [`Posix`] over [`Fs`]: one method per kernel request, errors as numbers.
+
+use super::Fs;
+use super::api::{
+    Attr, Caller, DirEntry, Entry, FiemapExtent, Ino, Opened, Posix, SetAttr, StatFs, Whence,
+    WriteHow, XattrSet,
+};
+use super::create::{Made, New, node_mode};
+use super::error::{FsError, FsResult};
+use super::inode::{S_IFDIR, S_IFLNK, S_IFMT, S_IFREG};
+use super::rename::Name;
+use crate::env::{Duration, probe};
+use crate::errno::Errno;
+use crate::locks::Mode;
+use bytes::Bytes;
+
+const O_ACCMODE: u32 = 0o3;
+const O_EXCL: u32 = 0o200;
+const O_TRUNC: u32 = 0o1000;
+const O_DIRECT: u32 = 0o40000;
+
+fn writes(flags: u32) -> bool {
+    flags & O_ACCMODE != 0
+}
+
+impl Fs {
+    fn opened(&self, flags: u32) -> Opened {
+        let nr = self.next_fh.get();
+        self.next_fh.set(nr + 1);
+        Opened {
+            // The low bit says whether the handle was open for writing.
+            fh: nr << 1 | u64::from(writes(flags)),
+            keep_cache: true,
+            direct_io: flags & O_DIRECT != 0,
+        }
+    }
+
+    async fn do_open(&self, cx: &Caller, ino: Ino, flags: u32, dir: bool) -> FsResult<Opened> {
+        {
+            // A deletion has the inode alone: the bit is set before or after it.
+            let _local = self.local.shared(ino).await;
+            let locked = self.lock_inodes(&[ino], Mode::Read).await?;
+            let inode = self.load(&locked, ino).await?;
+            if dir && !inode.is_dir() {
+                return Err(Errno::ENOTDIR.into());
+            }
+            if !dir && inode.is_dir() && writes(flags) {
+                return Err(Errno::EISDIR.into());
+            }
+            self.table.open(ino, writes(flags));
+        }
+        let opened = self.opened(flags);
+        if flags & O_TRUNC != 0 && !dir {
+            let set = SetAttr {
+                size: Some(0),
+                ..SetAttr::default()
+            };
+            let kill = SetAttr {
+                kill_suidgid: cx.uid != 0,
+                ..set
+            };
+            if let Err(error) = self.do_setattr(ino, &kill).await {
+                self.do_release(ino, opened.fh).await;
+                return Err(error);
+            }
+        }
+        Ok(opened)
+    }
+
+    async fn do_release(&self, ino: Ino, fh: u64) {
+        if self.table.close(ino, fh & 1 != 0) {
+            self.evict(ino).await;
+        }
+    }
+
+    /// The entry of something made, EEXIST if it existed.
+    fn made(&self, made: Made) -> FsResult<Entry> {
+        match made {
+            Made::New(inode, before) => Ok(self.entry(&inode, before)),
+            Made::Exists => Err(Errno::EEXIST.into()),
+        }
+    }
+
+    async fn do_create(
+        &self,
+        cx: &Caller,
+        parent: Ino,
+        name: &[u8],
+        new: New<'_>,
+        flags: u32,
+    ) -> FsResult<(Entry, Opened)> {
+        loop {
+            match self.make(cx, parent, name, new).await? {
+                Made::New(inode, before) => {
+                    return Ok((self.entry(&inode, before), self.opened(flags)));
+                }
+                Made::Exists if flags & O_EXCL != 0 => return Err(Errno::EEXIST.into()),
+                Made::Exists => probe("fs.create_found_existing"),
+            }
+            // Another node, or task, was first: its file is opened.
+            let entry = match self.do_lookup(parent, name).await {
+                Ok(entry) => entry,
+                Err(error) if error.is(Errno::ENOENT) => continue,
+                Err(error) => return Err(error),
+            };
+            let ino = entry.attr.ino;
+            let opened = match entry.attr.mode & S_IFMT {
+                // The kernel has to walk the path again.
+                S_IFLNK | S_IFDIR => Err(FsError::Gone(ino)),
+                _ => self.do_open(cx, ino, flags, false).await,
+            };
+            match opened {
+                Ok(opened) => return Ok((entry, opened)),
+                Err(error) => {
+                    self.table.forget(ino, 1);
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+impl Posix for Fs {
+    async fn lookup(&self, _cx: &Caller, parent: Ino, name: &[u8]) -> Result<Entry, Errno> {
+        Ok(self.do_lookup(parent, name).await?)
+    }
+
+    fn forget(&self, ino: Ino, count: u64) {
+        self.table.forget(ino, count);
+    }
+
+    async fn getattr(&self, _cx: &Caller, ino: Ino) -> Result<(Attr, Duration), Errno> {
+        Ok(self.do_getattr(ino).await?)
+    }
+
+    async fn setattr(
+        &self,
+        _cx: &Caller,
+        ino: Ino,
+        set: &SetAttr,
+    ) -> Result<(Attr, Duration), Errno> {
+        Ok(self.do_setattr(ino, set).await?)
+    }
+
+    async fn readlink(&self, _cx: &Caller, ino: Ino) -> Result<Bytes, Errno> {
+        Ok(self.do_readlink(ino).await?)
+    }
+
+    async fn mknod(
+        &self,
+        cx: &Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+    ) -> Result<Entry, Errno> {
+        let mode = node_mode(mode);
+        if matches!(mode & S_IFMT, S_IFDIR | S_IFLNK) {
+            return Err(Errno::EPERM);
+        }
+        let new = New {
+            mode,
+            umask,
+            rdev,
+            target: &[],
+            open: None,
+        };
+        Ok(self.made(self.make(cx, parent, name, new).await?)?)
+    }
+
+    async fn mkdir(
+        &self,
+        cx: &Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        umask: u32,
+    ) -> Result<Entry, Errno> {
+        let mode = S_IFDIR | mode & 0o7777;
+        let new = New {
+            mode,
+            umask,
+            rdev: 0,
+            target: &[],
+            open: None,
+        };
+        Ok(self.made(self.make(cx, parent, name, new).await?)?)
+    }
+
+    async fn unlink(&self, _cx: &Caller, parent: Ino, name: &[u8]) -> Result<(), Errno> {
+        Ok(self.do_remove(parent, name, false).await?)
+    }
+
+    async fn rmdir(&self, _cx: &Caller, parent: Ino, name: &[u8]) -> Result<(), Errno> {
+        Ok(self.do_remove(parent, name, true).await?)
+    }
+
+    async fn symlink(
+        &self,
+        cx: &Caller,
+        parent: Ino,
+        name: &[u8],
+        target: &[u8],
+    ) -> Result<Entry, Errno> {
+        Ok(self.made(self.make_symlink(cx, parent, name, target).await?)?)
+    }
+
+    async fn rename(
+        &self,
+        _cx: &Caller,
+        parent: Ino,
+        name: &[u8],
+        new_parent: Ino,
+        new_name: &[u8],
+        flags: u32,
+    ) -> Result<(), Errno> {
+        let (from, to) = (
+            Name { dir: parent, name },
+            Name {
+                dir: new_parent,
+                name: new_name,
+            },
+        );
+        Ok(self.do_rename(from, to, flags).await?)
+    }
+
+    async fn link(
+        &self,
+        _cx: &Caller,
+        ino: Ino,
+        new_parent: Ino,
+        new_name: &[u8],
+    ) -> Result<Entry, Errno> {
+        let (inode, before) = self.do_link(ino, new_parent, new_name).await?;
+        Ok(self.entry(&inode, before))
+    }
+
+    async fn open(&self, cx: &Caller, ino: Ino, flags: u32) -> Result<Opened, Errno> {
+        Ok(self.do_open(cx, ino, flags, false).await?)
+    }
+
+    async fn create(
+        &self,
+        cx: &Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        umask: u32,
+        flags: u32,
+    ) -> Result<(Entry, Opened), Errno> {
+        let mode = S_IFREG | mode & 0o7777;
+        let new = New {
+            mode,
+            umask,
+            rdev: 0,
+            target: &[],
+            open: Some(writes(flags)),
+        };
+        Ok(self.do_create(cx, parent, name, new, flags).await?)
+    }
+
+    async fn tmpfile(
+        &self,
+        cx: &Caller,
+        parent: Ino,
+        mode: u32,
+        umask: u32,
+        flags: u32,
+    ) -> Result<(Entry, Opened), Errno> {
+        let mode = S_IFREG | mode & 0o7777;
+        let new = New {
+            mode,
+            umask,
+            rdev: 0,
+            target: &[],
+            open: None,
+        };
+        let inode = self.make_tmpfile(cx, parent, new, writes(flags)).await?;
+        Ok((
+            self.entry(&inode, self.revocations.get()),
+            self.opened(flags),
+        ))
+    }
+
+    async fn read(
+        &self,
+        _cx: &Caller,
+        ino: Ino,
+        _fh: u64,
+        offset: u64,
+        size: u32,
+    ) -> Result<Vec<Bytes>, Errno> {
+        Ok(self.data_read(ino, offset, size).await?)
+    }
+
+    async fn write(
+        &self,
+        _cx: &Caller,
+        ino: Ino,
+        _fh: u64,
+        offset: u64,
+        data: Bytes,
+        how: WriteHow,
+    ) -> Result<u32, Errno> {
+        Ok(self.data_write(ino, offset, data, how).await?)
+    }
+
+    async fn release(&self, ino: Ino, fh: u64) {
+        self.do_release(ino, fh).await;
+    }
+
+    async fn fsync(&self, _cx: &Caller, _ino: Ino, _fh: u64, _datasync: bool) -> Result<(), Errno> {
+        self.syncfs().await
+    }
+
+    async fn syncfs(&self) -> Result<(), Errno> {
+        Ok(self.log.sync().await.map_err(FsError::from)?)
+    }
+
+    async fn setxattr(
+        &self,
+        cx: &Caller,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        how: XattrSet,
+    ) -> Result<(), Errno> {
+        Ok(self.do_setxattr(cx, ino, name, Some(value), how).await?)
+    }
+
+    async fn getxattr(&self, _cx: &Caller, ino: Ino, name: &[u8]) -> Result<Bytes, Errno> {
+        Ok(self.do_getxattr(ino, name).await?)
+    }
+
+    async fn listxattr(&self, _cx: &Caller, ino: Ino) -> Result<Bytes, Errno> {
+        Ok(self.do_listxattr(ino, false).await?)
+    }
+
+    async fn removexattr(&self, cx: &Caller, ino: Ino, name: &[u8]) -> Result<(), Errno> {
+        Ok(self
+            .do_setxattr(cx, ino, name, None, XattrSet::Replace)
+            .await?)
+    }
+
+    async fn opendir(&self, cx: &Caller, ino: Ino, _flags: u32) -> Result<Opened, Errno> {
+        Ok(self.do_open(cx, ino, 0, true).await?)
+    }
+
+    async fn readdir(
+        &self,
+        _cx: &Caller,
+        ino: Ino,
+        _fh: u64,
+        offset: u64,
+        plus: bool,
+        sink: &mut dyn FnMut(DirEntry) -> bool,
+    ) -> Result<(), Errno> {
+        Ok(self.do_readdir(ino, offset, plus, sink).await?)
+    }
+
+    async fn releasedir(&self, ino: Ino, fh: u64) {
+        self.do_release(ino, fh).await;
+    }
+
+    async fn statfs(&self) -> Result<StatFs, Errno> {
+        self.server.statfs().await
+    }
+
+    async fn fallocate(
+        &self,
+        _cx: &Caller,
+        ino: Ino,
+        _fh: u64,
+        mode: u32,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Errno> {
+        Ok(self.data_fallocate(ino, mode, offset, len).await?)
+    }
+
+    async fn lseek(
+        &self,
+        _cx: &Caller,
+        ino: Ino,
+        _fh: u64,
+        offset: u64,
+        whence: Whence,
+    ) -> Result<u64, Errno> {
+        Ok(self.data_lseek(ino, offset, whence).await?)
+    }
+
+    async fn fiemap(
+        &self,
+        _cx: &Caller,
+        ino: Ino,
+        start: u64,
+        len: u64,
+        max: usize,
+    ) -> Result<Vec<FiemapExtent>, Errno> {
+        Ok(self.data_fiemap(ino, start, len, max).await?)
+    }
+}

@@ -1,0 +1,298 @@
+//! What this mount remembers about inodes beside their items: which are open,
+//! which the kernel knows, and their file data buffers.
+//!
+//! * The *open map* (spec 11 section 4) has a bit for each inode with an open
+//!   handle or an internal use. It is not set by what the kernel merely
+//!   remembers, so an unlink elsewhere never waits for memory pressure here
+//!   (spec 12 section 25).
+//! * The *known* set is what the kernel got by entries and did not forget yet:
+//!   what has to be invalidated when the inodes' lock is taken back.
+//!
+//! What can go wrong: a bit cleared too early, and an inode deleted under its
+//! open file. A bit is set only under a lock of the inode's group (or before the
+//! inode's item exists), and cleared before any attempt to delete.
+
+use super::api::Ino;
+use super::data::InodeData;
+use crate::env::{HashMap, WallTime};
+use crate::format::{INODE_GROUP_NR, OpenInoMap, OpenInoMapArgs};
+use crate::locks::omap::LocalMap;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// First inode number of the lock group of `ino`.
+pub const fn group_of(ino: Ino) -> Ino {
+    ino & !(INODE_GROUP_NR - 1)
+}
+
+/// In-memory state of one inode; exists while something needs it.
+#[derive(Debug)]
+pub struct InodeState {
+    /// The inode.
+    pub ino: Ino,
+    opens: Cell<u32>,
+    writers: Cell<u32>,
+    /// Last access seen here and not stored; lost with the state (spec 12 section 20).
+    pub(super) atime: Cell<Option<WallTime>>,
+    /// File data buffers and their bookkeeping.
+    pub data: InodeData,
+}
+
+impl InodeState {
+    /// Number of open handles and internal uses.
+    pub fn opens(&self) -> u32 {
+        self.opens.get()
+    }
+
+    /// Number of handles open for writing.
+    pub fn writers(&self) -> u32 {
+        self.writers.get()
+    }
+}
+
+/// What the kernel has of an inode.
+#[derive(Clone, Copy, Debug, Default)]
+struct Known {
+    refs: u64,
+    is_reg: bool,
+}
+
+/// The tables of one mount.
+#[derive(Debug, Default)]
+pub struct InodeTable {
+    states: RefCell<HashMap<Ino, Rc<InodeState>>>,
+    open: RefCell<LocalMap>,
+    known: RefCell<BTreeMap<Ino, HashMap<Ino, Known>>>,
+}
+
+/// An open use of an inode: its open map bit is set while one exists.
+#[derive(Debug)]
+pub struct OpenUse<'a> {
+    table: &'a InodeTable,
+    /// `None` only while it is dropped.
+    state: Option<Rc<InodeState>>,
+}
+
+impl InodeTable {
+    /// The inode's state, made if there is none. It stays in the table while it
+    /// is open or has file data; see [`InodeTable::prune`].
+    pub fn state(&self, ino: Ino) -> Rc<InodeState> {
+        let make = || {
+            Rc::new(InodeState {
+                ino,
+                opens: Cell::new(0),
+                writers: Cell::new(0),
+                atime: Cell::new(None),
+                data: InodeData::default(),
+            })
+        };
+        self.states
+            .borrow_mut()
+            .entry(ino)
+            .or_insert_with(make)
+            .clone()
+    }
+
+    /// The inode's state, if there is any.
+    pub fn find(&self, ino: Ino) -> Option<Rc<InodeState>> {
+        self.states.borrow().get(&ino).cloned()
+    }
+
+    /// States of all inodes of a lock group, in ascending order.
+    pub fn in_group(&self, ino: Ino) -> Vec<Rc<InodeState>> {
+        let group = group_of(ino);
+        let states = self.states.borrow();
+        let mut found: Vec<_> = states
+            .values()
+            .filter(|s| group_of(s.ino) == group)
+            .cloned()
+            .collect();
+        found.sort_unstable_by_key(|s| s.ino);
+        found
+    }
+
+    /// Drops the state of an inode that nothing needs any more.
+    pub fn prune(&self, ino: Ino) {
+        let mut states = self.states.borrow_mut();
+        let idle =
+            |s: &Rc<InodeState>| s.opens.get() == 0 && Rc::strong_count(s) == 1 && s.data.is_idle();
+        if states.get(&ino).is_some_and(idle) {
+            states.remove(&ino);
+        }
+    }
+
+    /// Counts an opening. Call under a lock of the group that can read, after the
+    /// inode item was seen, or before the item of a new inode is created.
+    pub fn open(&self, ino: Ino, write: bool) -> Rc<InodeState> {
+        let state = self.state(ino);
+        state.opens.set(state.opens.get() + 1);
+        if write {
+            state.writers.set(state.writers.get() + 1);
+        }
+        self.open.borrow_mut().get(ino);
+        state
+    }
+
+    /// Counts a closing; true if it was the last: the open map bit is clear now.
+    /// A closing without opening changes nothing.
+    pub fn close(&self, ino: Ino, write: bool) -> bool {
+        let Some(state) = self.find(ino) else {
+            return false;
+        };
+        if state.opens.get() == 0 {
+            tracing::warn!(ino, "an inode was closed that is not open");
+            return false;
+        }
+        state.opens.set(state.opens.get() - 1);
+        if write {
+            state.writers.set(state.writers.get().saturating_sub(1));
+        }
+        let last = self.open.borrow_mut().put(ino);
+        drop(state);
+        self.prune(ino);
+        last
+    }
+
+    /// An internal use that counts as open until it is dropped.
+    pub fn open_use(&self, ino: Ino) -> OpenUse<'_> {
+        OpenUse {
+            table: self,
+            state: Some(self.open(ino, false)),
+        }
+    }
+
+    /// Whether the open map bit of the inode is set.
+    pub fn is_open(&self, ino: Ino) -> bool {
+        self.open.borrow().is_open(ino)
+    }
+
+    /// Answer to OPEN_INO_MAP: the bits of a group, arguments echoed.
+    pub fn answer(&self, args: &OpenInoMapArgs) -> OpenInoMap {
+        self.open.borrow().answer(args)
+    }
+
+    /// The kernel got one more reference to the inode by an entry.
+    pub fn learn(&self, ino: Ino, is_reg: bool) {
+        let mut groups = self.known.borrow_mut();
+        let known = groups
+            .entry(group_of(ino))
+            .or_default()
+            .entry(ino)
+            .or_default();
+        known.refs += 1;
+        known.is_reg = is_reg;
+    }
+
+    /// The kernel dropped `count` references.
+    pub fn forget(&self, ino: Ino, count: u64) {
+        let mut known = self.known.borrow_mut();
+        let Some(group) = known.get_mut(&group_of(ino)) else {
+            return;
+        };
+        let Some(have) = group.get_mut(&ino) else {
+            return;
+        };
+        have.refs = have.refs.saturating_sub(count);
+        if have.refs == 0 {
+            group.remove(&ino);
+            if group.is_empty() {
+                known.remove(&group_of(ino));
+            }
+        }
+    }
+
+    /// Inodes of the group that the kernel may have attributes or pages of, and
+    /// whether each may have pages: known by entry, or open; ascending.
+    pub fn known_in_group(&self, ino: Ino) -> Vec<(Ino, bool)> {
+        let groups = self.known.borrow();
+        let known = groups.get(&group_of(ino)).into_iter().flatten();
+        let mut inos: Vec<(Ino, bool)> = known.map(|(&ino, known)| (ino, known.is_reg)).collect();
+        let open = self.in_group(ino).into_iter().filter(|s| s.opens() > 0);
+        inos.extend(open.map(|state| (state.ino, true)));
+        inos.sort_unstable();
+        inos.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            kept.1 |= same && next.1;
+            same
+        });
+        inos
+    }
+
+    /// Number of inodes the kernel knows.
+    pub fn known_len(&self) -> usize {
+        self.known.borrow().values().map(HashMap::len).sum()
+    }
+
+    /// Number of inodes with state in memory.
+    pub fn state_len(&self) -> usize {
+        self.states.borrow().len()
+    }
+}
+
+impl std::ops::Deref for OpenUse<'_> {
+    type Target = InodeState;
+    fn deref(&self) -> &InodeState {
+        self.state.as_ref().expect("not dropped yet")
+    }
+}
+
+impl Drop for OpenUse<'_> {
+    fn drop(&mut self) {
+        if let Some(ino) = self.state.take().map(|state| state.ino) {
+            self.table.close(ino, false);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bit_is_set_while_open_and_not_by_what_the_kernel_knows() {
+        let table = InodeTable::default();
+        table.learn(1030, true);
+        assert!(!table.is_open(1030));
+        table.open(1030, true);
+        table.open(1030, false);
+        assert!(table.is_open(1030));
+        assert_eq!(table.find(1030).unwrap().writers(), 1);
+        let args = OpenInoMapArgs {
+            group_nr: 1.into(),
+            req_id: 3.into(),
+        };
+        assert_eq!(table.answer(&args).bits[0].get(), 1 << 6);
+        assert!(!table.close(1030, false));
+        assert!(table.close(1030, true));
+        assert!(!table.is_open(1030));
+        assert_eq!(table.state_len(), 0);
+        assert!(!table.close(1030, true), "a closing too many is ignored");
+    }
+
+    #[test]
+    fn known_inodes_are_found_by_group_until_forgotten() {
+        let table = InodeTable::default();
+        for ino in [1025, 2050, 1024, 1025] {
+            table.learn(ino, ino == 1024);
+        }
+        table.open(1026, false);
+        let all = [(1024, true), (1025, false), (1026, true)];
+        assert_eq!(table.known_in_group(1500), all);
+        table.forget(1025, 1);
+        table.forget(1024, 9);
+        table.forget(7, 1);
+        assert_eq!(table.known_in_group(1024), all[1..]);
+        assert_eq!(table.known_len(), 2);
+    }
+
+    #[test]
+    fn an_internal_use_ends_with_its_guard() {
+        let table = InodeTable::default();
+        let inner = table.open_use(5);
+        assert!(table.is_open(5));
+        drop(inner);
+        assert!(!table.is_open(5));
+        assert_eq!(table.state_len(), 0);
+    }
+}
