@@ -200,7 +200,7 @@ fn mkfs_refuses_bad_options() {
         ..options()
     };
     let made = plan(big, big, &limits).unwrap();
-    assert_eq!(made.sb.total_meta_blocks.get(), 10 * GIB >> 16);
+    assert_eq!(made.sb.total_meta_blocks.get(), (10 * GIB) >> 16);
     assert_eq!(made.sb.total_data_blocks.get(), blocks);
     assert_eq!(made.notices.len(), 3);
 }

@@ -52,7 +52,9 @@ fn parse_size(text: &str) -> Result<u64, String> {
         Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
         _ => (text, 0),
     };
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size"))?;
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("{text:?} is not a size"))?;
     number
         .checked_mul(1 << shift)
         .filter(|bytes| *bytes >= BLOCK as u64)
@@ -78,7 +80,11 @@ pub struct BenchError {
 }
 
 fn named<T>(what: &'static str, path: &Path, result: io::Result<T>) -> Result<T, BenchError> {
-    result.map_err(|source| BenchError { what, path: path.to_owned(), source })
+    result.map_err(|source| BenchError {
+        what,
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -175,7 +181,10 @@ pub fn run(args: &Args) -> Result<(), BenchError> {
         let wanted = args.only.is_empty() || args.only.iter().any(|p| p == phase.name());
         if !cold && phase.needs_cold_cache() {
             if wanted {
-                eprintln!("{}: left out, only root can drop the kernel's caches", phase.name());
+                eprintln!(
+                    "{}: left out, only root can drop the kernel's caches",
+                    phase.name()
+                );
             }
             continue;
         }
@@ -188,7 +197,10 @@ pub fn run(args: &Args) -> Result<(), BenchError> {
         }
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&rows).expect("rows are plain data"));
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&rows).expect("rows are plain data")
+        );
     }
     Ok(())
 }
@@ -216,10 +228,22 @@ fn measure(phase: Phase, args: &Args, spots: &[Spot]) -> Result<Row, BenchError>
     }
     let value = median(&figures[0]);
     let against = figures.get(1).map(|f| median(f));
-    let ratio =
-        against.map(|other| if phase.is_latency() { other / value } else { value / other });
+    let ratio = against.map(|other| {
+        if phase.is_latency() {
+            other / value
+        } else {
+            value / other
+        }
+    });
     let rounds = figures.swap_remove(0);
-    Ok(Row { phase: phase.name(), unit: phase.unit(), value, rounds, against, ratio })
+    Ok(Row {
+        phase: phase.name(),
+        unit: phase.unit(),
+        value,
+        rounds,
+        against,
+        ratio,
+    })
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -322,7 +346,11 @@ impl Spot {
 
     fn fill_big(&self, args: &Args) -> Result<(), BenchError> {
         let complete = fs::metadata(self.big()).is_ok_and(|m| m.len() >= args.size);
-        if complete { Ok(()) } else { self.write_big(args) }
+        if complete {
+            Ok(())
+        } else {
+            self.write_big(args)
+        }
     }
 
     fn write_big(&self, args: &Args) -> Result<(), BenchError> {
@@ -330,7 +358,11 @@ impl Spot {
         let block: Vec<u8> = (0..BLOCK).map(|i| (i * 31 + i / 257) as u8).collect();
         let file = named("cannot create", &path, File::create(&path))?;
         for n in 0..args.size / BLOCK as u64 {
-            named("cannot write", &path, file.write_all_at(&block, n * BLOCK as u64))?;
+            named(
+                "cannot write",
+                &path,
+                file.write_all_at(&block, n * BLOCK as u64),
+            )?;
         }
         named("cannot fsync", &path, file.sync_all())
     }
@@ -400,7 +432,11 @@ impl Spot {
         let size = named("cannot stat", &path, file.metadata())?.size();
         let mut block = vec![0; BLOCK];
         for n in 0..size / BLOCK as u64 {
-            named("cannot read", &path, file.read_exact_at(&mut block, n * BLOCK as u64))?;
+            named(
+                "cannot read",
+                &path,
+                file.read_exact_at(&mut block, n * BLOCK as u64),
+            )?;
         }
         Ok(size / BLOCK as u64)
     }
@@ -414,7 +450,9 @@ impl Spot {
         let mut page = vec![0x5a; PAGE];
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         for _ in 0..RANDOM_OPS {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             let at = (state >> 20) % pages * PAGE as u64;
             let done = if write {
                 file.write_all_at(&page, at)
