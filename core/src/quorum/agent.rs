@@ -1,1 +1,456 @@
-//! Lands next.
+//! The quorum agent: an actor of its own that carries the brain's messages,
+//! writes its events and starts and stops the server (spec 09 section 5).
+//!
+//! What can go wrong: a leader that falls silent because it waits. The loop never
+//! waits for the server; it waits for the device only where an event must be
+//! durable before the next effect. And a server that outlives its agent: whatever
+//! ends the service, the server is stopped and waited for first.
+
+use super::block::{BlockIo, QuorumBlockError};
+use super::brain::{Brain, Effect, Input, Message, MessageKind, Policy, ServerPhase, Status};
+use super::config::Slots;
+use super::leaders::unresolved;
+use crate::env::{
+    Datagram, DeviceError, DeviceRole, Duration, Either, Env, LocalBoxFuture, NetError, probe, race,
+};
+use crate::format::QuorumEventKind;
+use bytes::Bytes;
+use std::rc::Rc;
+use std::sync::Arc;
+use thiserror::Error;
+use tokio::sync::watch;
+
+/// One run of the own server.
+pub trait ServerInstance {
+    /// Where it is. `Down` only when it can not write any more.
+    fn phase(&self) -> ServerPhase;
+    /// Asks it to stop; does not wait. Asking again does nothing.
+    fn stop(&self);
+    /// Completes when the phase differs from the last one seen here; never again
+    /// after `Down`. Cancel safe.
+    fn changed(&mut self) -> LocalBoxFuture<'_, ()>;
+}
+
+/// Starts the own server.
+pub trait ServerStarter {
+    /// Starts it for `term`, as an actor of its own; returns at once.
+    fn start(&self, env: &Env, term: u64) -> Box<dyn ServerInstance>;
+}
+
+/// Makes the starter on the agent's own thread.
+pub type MakeStarter = Box<dyn FnOnce(&Env) -> Rc<dyn ServerStarter> + Send>;
+
+/// A member. Crosses to the agent's thread.
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    /// Volume id.
+    pub fsid: u64,
+    /// The mount.
+    pub rid: u64,
+    /// Own slot.
+    pub slot: usize,
+    /// All slots, checked.
+    pub slots: Slots,
+    /// Times of the election.
+    pub policy: Policy,
+}
+
+/// Whether the agent is to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AgentStop {
+    /// Go on.
+    Run,
+    /// Unmount: stop the server, record STOP and END.
+    Unmount,
+    /// Forced unmount: stop the server; send and write nothing.
+    Forced,
+}
+
+/// Why the quorum service of this mount ended.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum AgentError {
+    /// The slot's address could not be bound: the mount fails.
+    #[error("quorum slot {slot}: {error}")]
+    Bind {
+        /// Own slot.
+        slot: usize,
+        /// What the system said.
+        error: NetError,
+    },
+    /// The metadata device could not be opened.
+    #[error("metadata device: {0}")]
+    Open(DeviceError),
+    /// An event could not be recorded.
+    #[error(transparent)]
+    Block(#[from] QuorumBlockError),
+    /// The datagram socket failed.
+    #[error("receiving quorum messages: {0}")]
+    Receive(NetError),
+}
+
+/// How far the agent is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum AgentPhase {
+    /// Binding, reading the blocks, writing BEGIN.
+    #[default]
+    Starting,
+    /// Taking part.
+    Running,
+    /// Ended, cleanly or with an error; its server can not write any more.
+    Ended(Result<(), Arc<AgentError>>),
+}
+
+/// What the agent publishes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AgentStatus {
+    /// How far it is.
+    pub phase: AgentPhase,
+    /// The member's state as of the last turn.
+    pub member: Status,
+}
+
+/// The mount's hold on its agent. Crosses threads.
+#[derive(Clone, Debug)]
+pub struct AgentHandle {
+    stop: Arc<watch::Sender<AgentStop>>,
+    heartbeat_timeout: Arc<watch::Sender<Duration>>,
+    status: watch::Receiver<AgentStatus>,
+}
+
+impl AgentHandle {
+    /// Starts the agent as an actor of its own.
+    pub fn spawn(
+        env: &Env,
+        config: AgentConfig,
+        heartbeat_timeout: Duration,
+        starter: MakeStarter,
+    ) -> AgentHandle {
+        let (stop_tx, stop) = watch::channel(AgentStop::Run);
+        let (heartbeat_tx, heartbeat_timeout) = watch::channel(heartbeat_timeout);
+        let (status_tx, status) = watch::channel(AgentStatus::default());
+        let main = move |env: Env| -> LocalBoxFuture<'static, ()> {
+            Box::pin(async move {
+                let starter = starter(&env);
+                let inputs = Inputs {
+                    stop,
+                    heartbeat_timeout,
+                };
+                let result = run(&env, config, starter, inputs, &status_tx).await;
+                if let Err(error) = &result {
+                    tracing::error!(%error, "the quorum service of this mount ended");
+                }
+                let phase = AgentPhase::Ended(result.map_err(Arc::new));
+                status_tx.send_modify(|status| status.phase = phase);
+            })
+        };
+        env.spawner.spawn_actor("quorum", Box::new(main));
+        AgentHandle {
+            stop: Arc::new(stop_tx),
+            heartbeat_timeout: Arc::new(heartbeat_tx),
+            status,
+        }
+    }
+
+    /// The latest status.
+    pub fn status(&self) -> AgentStatus {
+        self.status.borrow().clone()
+    }
+
+    /// Waits until the agent takes part.
+    ///
+    /// # Errors
+    /// If it ended before that: the mount fails.
+    pub async fn started(&self) -> Result<(), Arc<AgentError>> {
+        let mut status = self.status.clone();
+        let seen = status.wait_for(|s| s.phase != AgentPhase::Starting).await;
+        match seen.as_deref() {
+            Ok(AgentStatus {
+                phase: AgentPhase::Ended(Err(error)),
+                ..
+            }) => Err(error.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the agent has ended; an agent whose thread is gone has.
+    pub async fn ended(&self) {
+        let mut status = self.status.clone();
+        let _ = status
+            .wait_for(|s| matches!(s.phase, AgentPhase::Ended(_)))
+            .await;
+    }
+
+    /// Tells the agent to end; [`AgentHandle::ended`] waits for it.
+    pub fn stop(&self, how: AgentStop) {
+        self.stop.send_replace(how);
+    }
+
+    /// Changes the option quorum_heartbeat_timeout_ms.
+    pub fn set_heartbeat_timeout(&self, timeout: Duration) {
+        self.heartbeat_timeout.send_replace(timeout);
+    }
+}
+
+/// What the mount tells its agent.
+#[derive(Debug)]
+pub struct Inputs {
+    /// Whether to go on.
+    pub stop: watch::Receiver<AgentStop>,
+    /// Option quorum_heartbeat_timeout_ms.
+    pub heartbeat_timeout: watch::Receiver<Duration>,
+}
+
+/// The whole life of an agent. When this returns, its server can not write any more.
+///
+/// # Errors
+/// Why the service ended before it was asked to.
+pub async fn run(
+    env: &Env,
+    config: AgentConfig,
+    starter: Rc<dyn ServerStarter>,
+    inputs: Inputs,
+    status: &watch::Sender<AgentStatus>,
+) -> Result<(), AgentError> {
+    let mut agent = Agent::start(env, config, starter, inputs).await?;
+    status.send_modify(|s| s.phase = AgentPhase::Running);
+    let served = agent.serve(status).await;
+    if served.is_err() {
+        probe("quorum_service_failed");
+    }
+    agent.stop_server(served.is_ok()).await;
+    served?;
+    agent.resign().await
+}
+
+struct Agent {
+    env: Env,
+    config: AgentConfig,
+    io: BlockIo,
+    socket: Rc<dyn Datagram>,
+    starter: Rc<dyn ServerStarter>,
+    server: Option<Box<dyn ServerInstance>>,
+    inputs: Inputs,
+    brain: Brain,
+}
+
+/// What woke the loop.
+enum Woken {
+    Datagram(Result<Bytes, NetError>),
+    Other,
+}
+
+impl Agent {
+    /// Spec 09 section 5.2.
+    async fn start(
+        env: &Env,
+        config: AgentConfig,
+        starter: Rc<dyn ServerStarter>,
+        inputs: Inputs,
+    ) -> Result<Self, AgentError> {
+        let slot = config.slot;
+        let addr = config.slots.addr(slot).expect("the own slot was checked");
+        let dev = env.devices.open(DeviceRole::Meta);
+        let io = BlockIo::new(dev.map_err(AgentError::Open)?, config.fsid);
+        let socket = env.net.bind_datagram(addr).await;
+        let socket = socket.map_err(|error| AgentError::Bind { slot, error })?;
+        let (mut term, mut leader) = (0, false);
+        for (slot, _) in config.slots.iter() {
+            let block = match io.read(slot).await {
+                Ok(block) => block,
+                Err(error) => {
+                    probe("quorum_start_skips_bad_block");
+                    tracing::warn!(%error, "quorum block skipped");
+                    continue;
+                }
+            };
+            let events = block.events.iter().filter(|event| event.rid.get() != 0);
+            term = events.map(|event| event.term.get()).fold(term, u64::max);
+            leader |= unresolved(&block);
+        }
+        io.update(
+            slot,
+            QuorumEventKind::Begin,
+            config.rid,
+            term,
+            env.clock.now(),
+        )
+        .await?;
+        let input = Input {
+            now: env.clock.now(),
+            message: None,
+            server: ServerPhase::Down,
+            heartbeat_timeout: *inputs.heartbeat_timeout.borrow(),
+            random: env.entropy.next_u64(),
+        };
+        let brain = Brain::new(config.policy, &config.slots, slot, term, leader, input);
+        Ok(Self {
+            env: env.clone(),
+            config,
+            io,
+            socket,
+            starter,
+            server: None,
+            inputs,
+            brain,
+        })
+    }
+
+    /// The loop, until the mount ends it.
+    async fn serve(&mut self, status: &watch::Sender<AgentStatus>) -> Result<(), AgentError> {
+        loop {
+            self.publish(status);
+            let woken = self.wait().await;
+            if *self.inputs.stop.borrow() != AgentStop::Run {
+                return Ok(());
+            }
+            let message = match woken {
+                Woken::Other => None,
+                Woken::Datagram(received) => {
+                    let bytes = received.map_err(AgentError::Receive)?;
+                    let message = Message::parse(&bytes, self.config.fsid, &self.config.slots);
+                    if message.is_none() {
+                        probe("quorum_bad_datagram");
+                    }
+                    message
+                }
+            };
+            let effects = self.brain.step(Input {
+                now: self.env.clock.now(),
+                message,
+                server: self.server_phase(),
+                heartbeat_timeout: *self.inputs.heartbeat_timeout.borrow(),
+                random: self.env.entropy.next_u64(),
+            });
+            self.publish(status);
+            for effect in effects {
+                self.carry_out(effect).await?;
+            }
+        }
+    }
+
+    fn publish(&self, status: &watch::Sender<AgentStatus>) {
+        let member = self.brain.status();
+        status.send_if_modified(|s| {
+            let changed = s.member != member;
+            s.member = member;
+            changed
+        });
+    }
+
+    fn server_phase(&self) -> ServerPhase {
+        self.server
+            .as_ref()
+            .map_or(ServerPhase::Down, |server| server.phase())
+    }
+
+    /// Waits for a datagram, the timeout, the mount or the server.
+    async fn wait(&mut self) -> Woken {
+        let timer = self.env.clock.sleep_until(self.brain.timeout());
+        let server = self.server.as_mut();
+        let server = async {
+            match server {
+                Some(server) => server.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let stop = &mut self.inputs.stop;
+        let stop = async {
+            if stop.changed().await.is_err() {
+                // The mount vanished without a word: go on as a member until the
+                // process ends with it.
+                std::future::pending::<()>().await;
+            }
+        };
+        // Datagrams first: a heartbeat that is there counts before a timeout.
+        let other = race(stop, race(server, timer));
+        match race(self.socket.recv_from(), other).await {
+            Either::Left(received) => Woken::Datagram(received.map(|(bytes, _)| bytes)),
+            Either::Right(_) => Woken::Other,
+        }
+    }
+
+    async fn carry_out(&mut self, effect: Effect) -> Result<(), AgentError> {
+        match effect {
+            Effect::Write(kind, term) => self.write(kind, term).await?,
+            Effect::SendToOthers(kind, term) => self.send_to_others(kind, term).await,
+            Effect::Send(slot, kind, term) => self.send(slot, kind, term).await,
+            Effect::StartServer(term) => {
+                assert!(self.server_phase() == ServerPhase::Down, "one server");
+                self.server = Some(self.starter.start(&self.env, term));
+            }
+            Effect::StopServer => {
+                if let Some(server) = &self.server {
+                    server.stop();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, kind: QuorumEventKind, term: u64) -> Result<(), QuorumBlockError> {
+        tracing::info!(event = kind.name(), term, "quorum");
+        let AgentConfig { slot, rid, .. } = self.config;
+        self.io
+            .update(slot, kind, rid, term, self.env.clock.now())
+            .await
+    }
+
+    fn is_forced(&self) -> bool {
+        *self.inputs.stop.borrow() == AgentStop::Forced
+    }
+
+    async fn send(&self, slot: usize, kind: MessageKind, term: u64) {
+        let Some(addr) = self.config.slots.addr(slot).filter(|_| !self.is_forced()) else {
+            return;
+        };
+        let from = self.config.slot;
+        let message = Message { kind, from, term };
+        let bytes = message.to_bytes(self.config.fsid).into();
+        // Unreliable by design: what is lost is sent again or times out.
+        let _ = self.socket.send_to(bytes, addr).await;
+    }
+
+    async fn send_to_others(&self, kind: MessageKind, term: u64) {
+        for (slot, _) in self.config.slots.iter() {
+            if slot != self.config.slot {
+                self.send(slot, kind, term).await;
+            }
+        }
+    }
+
+    /// Stops the own server and waits until it is down. A leader that still may
+    /// speak goes on with its heartbeats: until the server is down nobody else can
+    /// serve anyway.
+    async fn stop_server(&mut self, speak: bool) {
+        let term = self.brain.status().term;
+        let leads = self.brain.status().is_leader();
+        let interval = self.config.policy.heartbeat_interval;
+        if let Some(server) = &self.server {
+            server.stop();
+        }
+        while self.server_phase() != ServerPhase::Down {
+            let pause = self.env.sleep(interval);
+            if let Some(server) = self.server.as_mut() {
+                race(server.changed(), pause).await;
+            }
+            if speak && leads {
+                self.send_to_others(MessageKind::Heartbeat, term).await;
+            }
+        }
+    }
+
+    /// Spec 09 section 5.5, with each event durable before the others are told.
+    async fn resign(&self) -> Result<(), AgentError> {
+        if self.is_forced() {
+            return Ok(());
+        }
+        let member = self.brain.status();
+        if member.server_start_term > 0 {
+            let term = member.server_start_term;
+            self.write(QuorumEventKind::Stop, term).await?;
+            self.send_to_others(MessageKind::Resignation, member.term)
+                .await;
+        }
+        Ok(self.write(QuorumEventKind::End, member.term).await?)
+    }
+}

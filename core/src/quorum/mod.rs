@@ -17,6 +17,12 @@ pub mod brain;
 pub mod config;
 pub mod leaders;
 
+pub use agent::{
+    AgentConfig, AgentError, AgentHandle, AgentPhase, AgentStatus, AgentStop, MakeStarter,
+    ServerInstance, ServerStarter,
+};
+pub use block::{BlockIo, QuorumBlockError};
+pub use brain::{Brain, Policy, Role, ServerPhase, Status};
 pub use config::{ConfigError, Slots};
 pub use leaders::{LeaderCandidate, fence_candidates, find_server, unresolved};
 
