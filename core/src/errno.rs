@@ -53,6 +53,7 @@ errnos! {
     ENODATA = 61, "No data (no such xattr)";
     ENOLINK = 67, "Link severed (forced unmount or fenced)";
     EOVERFLOW = 75, "Value too large for its type";
+    EMSGSIZE = 90, "Message of a wrong length";
     EOPNOTSUPP = 95, "Not supported";
     ECONNABORTED = 103, "Connection aborted";
     ENOBUFS = 105, "No buffer space (internal: refill and retry)";

@@ -5,16 +5,29 @@
 //! What can go wrong: a request that is sent and never answered although a server
 //! lives. There is no timeout on requests; instead the connection is made again
 //! for ever, everything unanswered is sent again, and only [`Client::sever`]
-//! gives up.
+//! gives up. And a grant that is handled before the invalidation that came ahead
+//! of it: LOCK messages are handed over one by one as they arrive.
 
-use crate::env::{BlockDevice, Duration, Env, LocalBoxFuture};
+mod connect;
+mod locate;
+
+pub use locate::{LocateError, Locator};
+
+use crate::env::{BlockDevice, Duration, Env, Gate, LocalBoxFuture, Signal, probe};
 use crate::errno::Errno;
 use crate::format::{
-    Key, LogMergeComplete, LogMergeRequest, LogTrees, NetLock, NetRoots, NetStatfs, OpenInoMap,
-    OpenInoMapArgs, SrchCompact, VolumeOptions,
+    Key, LogMergeComplete, LogMergeRequest, LogTrees, NetCmd, NetInodeAlloc, NetLock,
+    NetResizeDevices, NetRoots, NetStatfs, OpenInoMap, OpenInoMapArgs, SrchCompact, VolumeOptions,
 };
+use crate::wire::Conn;
+use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use thiserror::Error;
+use tokio::sync::oneshot;
+use zerocopy::little_endian::U64;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// What a client needs to know of its mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +72,9 @@ pub enum ClientError {
     /// The mount was severed while the request waited (ECONNABORTED).
     #[error("the request was given up with the mount")]
     Aborted,
+    /// The connection was closed after the farewell (ESHUTDOWN).
+    #[error("the mount has said farewell")]
+    Closed,
     /// The server answered with an error.
     #[error("the server answered {0}")]
     Server(Errno),
@@ -73,6 +89,25 @@ pub enum ClientError {
     /// No inode numbers are left, or nonsense ones were given (spec 08 section 8).
     #[error("no inode numbers: {0}")]
     Inodes(Errno),
+}
+
+impl ClientError {
+    /// The error number of the original for it.
+    pub const fn errno(self) -> Errno {
+        match self {
+            Self::Severed => Errno::ENOLINK,
+            Self::Aborted => Errno::ECONNABORTED,
+            Self::Closed => Errno::ESHUTDOWN,
+            Self::Server(errno) | Self::Inodes(errno) => errno,
+            Self::Length { .. } => Errno::EMSGSIZE,
+        }
+    }
+}
+
+impl From<ClientError> for Errno {
+    fn from(error: ClientError) -> Errno {
+        error.errno()
+    }
 }
 
 /// What a mount does with messages from the server. LOCK messages arrive in their
@@ -90,38 +125,173 @@ pub trait Incoming {
     fn sync_log_trees(&self);
 }
 
+/// Where the answer to a request goes.
+type Waiter = oneshot::Sender<Result<Bytes, ClientError>>;
+
+/// What became of the connection for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    /// Not started, or running.
+    Open,
+    /// Forced unmount.
+    Severed,
+    /// Said farewell.
+    Closed,
+}
+
+struct Inner {
+    env: Env,
+    config: ClientConfig,
+    locator: Locator,
+    conn: RefCell<Conn>,
+    waiters: RefCell<BTreeMap<u64, Waiter>>,
+    incoming: RefCell<Option<Rc<dyn Incoming>>>,
+    life: Cell<Life>,
+    /// Id of the FAREWELL request, once it was made.
+    farewell: Cell<Option<u64>>,
+    /// There is something to write.
+    to_write: Signal,
+    /// Opens when the connection is to end.
+    stop: Gate,
+    /// Opens when the connection's task has ended.
+    ended: Gate,
+    evicted: Gate,
+}
+
 /// A mount's connection to whatever server there is. Cheap to clone.
 #[derive(Clone)]
 pub struct Client {
-    _inner: Rc<()>,
+    inner: Rc<Inner>,
 }
 
-#[allow(clippy::unused_async, reason = "signatures first")]
+/// Reads a whole answer.
+fn exact<T: FromBytes>(bytes: &[u8]) -> Result<T, ClientError> {
+    T::read_from_bytes(bytes).map_err(|_| ClientError::Length {
+        expected: size_of::<T>(),
+        found: bytes.len(),
+    })
+}
+
+impl Inner {
+    fn submit(&self, cmd: NetCmd, payload: &[u8]) -> Result<u64, ClientError> {
+        match self.life.get() {
+            Life::Open => {}
+            Life::Severed => return Err(ClientError::Severed),
+            Life::Closed => return Err(ClientError::Closed),
+        }
+        let payload = Bytes::copy_from_slice(payload);
+        let id = self.conn.borrow_mut().request(cmd, payload);
+        self.to_write.wake_all();
+        Ok(id)
+    }
+
+    /// Answers a request of the server, unless that server is gone.
+    fn respond(&self, epoch: u64, id: u64, cmd: NetCmd, body: Result<Bytes, Errno>) {
+        if self.life.get() == Life::Open && self.conn.borrow_mut().respond(epoch, id, cmd, body) {
+            self.to_write.wake_all();
+        }
+    }
+
+    /// Ends the connection for good and every request that waits with it.
+    fn end(&self, life: Life) {
+        if self.life.get() == Life::Open {
+            self.life.set(life);
+        }
+        self.stop.open();
+        // Waking runs no other task's code here: each sees it when polled next.
+        for (_, waiter) in std::mem::take(&mut *self.waiters.borrow_mut()) {
+            let _ = waiter.send(Err(ClientError::Aborted));
+        }
+    }
+}
+
 impl Client {
-    /// A client that does not connect yet.
-    pub fn new(_env: &Env, _meta: Rc<dyn BlockDevice>, _config: ClientConfig) -> Client {
-        unreachable!("lands next")
+    /// A client that does not connect yet. `meta` is the metadata device.
+    pub fn new(env: &Env, meta: Rc<dyn BlockDevice>, config: ClientConfig) -> Client {
+        let locator = Locator::new(env, meta, config.fsid, config.fmt_vers);
+        Client {
+            inner: Rc::new(Inner {
+                env: env.clone(),
+                config,
+                locator,
+                conn: RefCell::new(Conn::client()),
+                waiters: RefCell::default(),
+                incoming: RefCell::new(None),
+                life: Cell::new(Life::Open),
+                farewell: Cell::new(None),
+                to_write: Signal::default(),
+                stop: Gate::default(),
+                ended: Gate::default(),
+                evicted: Gate::default(),
+            }),
+        }
     }
 
     /// Starts to connect, and to hand messages to `incoming`.
-    pub fn start(&self, _incoming: Rc<dyn Incoming>) {
-        unreachable!("lands next")
+    ///
+    /// # Panics
+    /// If it was started before.
+    pub fn start(&self, incoming: Rc<dyn Incoming>) {
+        let old = self.inner.incoming.borrow_mut().replace(incoming);
+        assert!(
+            old.is_none() && !self.inner.ended.is_open(),
+            "a client is started once"
+        );
+        self.inner
+            .env
+            .spawn("client", connect::run(self.inner.clone()));
+    }
+
+    /// Sends a request and waits for its answer, through any number of reconnects.
+    /// Dropping the future gives up the answer, not the request.
+    async fn ask(&self, cmd: NetCmd, payload: &[u8]) -> Result<Bytes, ClientError> {
+        let id = self.inner.submit(cmd, payload)?;
+        let (send, receive) = oneshot::channel();
+        self.inner.waiters.borrow_mut().insert(id, send);
+        receive.await.unwrap_or(Err(ClientError::Aborted))
+    }
+
+    async fn ask_for<T: FromBytes>(&self, cmd: NetCmd, payload: &[u8]) -> Result<T, ClientError> {
+        exact(&self.ask(cmd, payload).await?)
+    }
+
+    async fn tell<T: IntoBytes + Immutable>(
+        &self,
+        cmd: NetCmd,
+        what: &T,
+    ) -> Result<(), ClientError> {
+        match self.ask(cmd, what.as_bytes()).await?.len() {
+            0 => Ok(()),
+            found => Err(ClientError::Length { expected: 0, found }),
+        }
     }
 
     /// Sends a lock request; the grant comes to [`Incoming::lock_grant`].
     ///
     /// # Errors
     /// If severed.
-    pub fn lock(&self, _lock: &NetLock) -> Result<(), ClientError> {
-        unreachable!("lands next")
+    pub fn lock(&self, lock: &NetLock) -> Result<(), ClientError> {
+        self.inner
+            .submit(NetCmd::Lock, lock.as_bytes())
+            .map(|_| ())
     }
 
     /// Gets up to `count` new inode numbers: first number and how many.
     ///
     /// # Errors
     /// As [`ClientError`]; [`ClientError::Inodes`] if there are none.
-    pub async fn alloc_inodes(&self, _count: u64) -> Result<(u64, u64), ClientError> {
-        unreachable!("lands next")
+    pub async fn alloc_inodes(&self, count: u64) -> Result<(u64, u64), ClientError> {
+        let count = U64::new(count);
+        let got: NetInodeAlloc = self
+            .ask_for(NetCmd::AllocInodes, count.as_bytes())
+            .await?;
+        match (got.ino.get(), got.nr.get()) {
+            (_, 0) => Err(ClientError::Inodes(Errno::ENOSPC)),
+            (ino, nr) if ino.checked_add(nr - 1).is_none() => {
+                Err(ClientError::Inodes(Errno::EINVAL))
+            }
+            got => Ok(got),
+        }
     }
 
     /// Opens the next transaction.
@@ -129,15 +299,15 @@ impl Client {
     /// # Errors
     /// As [`ClientError`].
     pub async fn get_log_trees(&self) -> Result<LogTrees, ClientError> {
-        unreachable!("lands next")
+        self.ask_for(NetCmd::GetLogTrees, &[]).await
     }
 
     /// Commits the open transaction. Every block it references must be stable.
     ///
     /// # Errors
     /// As [`ClientError`].
-    pub async fn commit_log_trees(&self, _trees: &LogTrees) -> Result<(), ClientError> {
-        unreachable!("lands next")
+    pub async fn commit_log_trees(&self, trees: &LogTrees) -> Result<(), ClientError> {
+        self.tell(NetCmd::CommitLogTrees, trees).await
     }
 
     /// Roots of the last durable server commit.
@@ -145,7 +315,7 @@ impl Client {
     /// # Errors
     /// As [`ClientError`].
     pub async fn get_roots(&self) -> Result<NetRoots, ClientError> {
-        unreachable!("lands next")
+        self.ask_for(NetCmd::GetRoots, &[]).await
     }
 
     /// Greatest seq with no open transaction at or below it.
@@ -153,7 +323,8 @@ impl Client {
     /// # Errors
     /// As [`ClientError`].
     pub async fn get_last_seq(&self) -> Result<u64, ClientError> {
-        unreachable!("lands next")
+        let seq: U64 = self.ask_for(NetCmd::GetLastSeq, &[]).await?;
+        Ok(seq.get())
     }
 
     /// Free space and counts of the volume.
@@ -161,15 +332,19 @@ impl Client {
     /// # Errors
     /// As [`ClientError`].
     pub async fn statfs(&self) -> Result<NetStatfs, ClientError> {
-        unreachable!("lands next")
+        self.ask_for(NetCmd::Statfs, &[]).await
     }
 
     /// Which inodes of a group are open on any mount.
     ///
     /// # Errors
     /// As [`ClientError`].
-    pub async fn open_ino_map(&self, _group_nr: u64) -> Result<OpenInoMap, ClientError> {
-        unreachable!("lands next")
+    pub async fn open_ino_map(&self, group_nr: u64) -> Result<OpenInoMap, ClientError> {
+        let args = OpenInoMapArgs {
+            group_nr: group_nr.into(),
+            req_id: 0.into(),
+        };
+        self.ask_for(NetCmd::OpenInoMap, args.as_bytes()).await
     }
 
     /// The volume's options.
@@ -177,23 +352,23 @@ impl Client {
     /// # Errors
     /// As [`ClientError`].
     pub async fn get_volopt(&self) -> Result<VolumeOptions, ClientError> {
-        unreachable!("lands next")
+        self.ask_for(NetCmd::GetVolopt, &[]).await
     }
 
     /// Sets the options whose bits are set.
     ///
     /// # Errors
     /// As [`ClientError`].
-    pub async fn set_volopt(&self, _options: &VolumeOptions) -> Result<(), ClientError> {
-        unreachable!("lands next")
+    pub async fn set_volopt(&self, options: &VolumeOptions) -> Result<(), ClientError> {
+        self.tell(NetCmd::SetVolopt, options).await
     }
 
     /// Clears the options whose bits are set.
     ///
     /// # Errors
     /// As [`ClientError`].
-    pub async fn clear_volopt(&self, _options: &VolumeOptions) -> Result<(), ClientError> {
-        unreachable!("lands next")
+    pub async fn clear_volopt(&self, options: &VolumeOptions) -> Result<(), ClientError> {
+        self.tell(NetCmd::ClearVolopt, options).await
     }
 
     /// Grows the devices to these totals, in large metadata and small data blocks;
@@ -201,8 +376,12 @@ impl Client {
     ///
     /// # Errors
     /// As [`ClientError`].
-    pub async fn resize_devices(&self, _meta: u64, _data: u64) -> Result<(), ClientError> {
-        unreachable!("lands next")
+    pub async fn resize_devices(&self, meta: u64, data: u64) -> Result<(), ClientError> {
+        let totals = NetResizeDevices {
+            new_total_meta_blocks: meta.into(),
+            new_total_data_blocks: data.into(),
+        };
+        self.tell(NetCmd::ResizeDevices, &totals).await
     }
 
     /// Gets srch compaction work; `nr` is 0 if there is none.
@@ -210,15 +389,15 @@ impl Client {
     /// # Errors
     /// As [`ClientError`].
     pub async fn srch_get_compact(&self) -> Result<SrchCompact, ClientError> {
-        unreachable!("lands next")
+        self.ask_for(NetCmd::SrchGetCompact, &[]).await
     }
 
     /// Hands srch compaction work in.
     ///
     /// # Errors
     /// As [`ClientError`]; ENOENT is no harm.
-    pub async fn srch_commit_compact(&self, _done: &SrchCompact) -> Result<(), ClientError> {
-        unreachable!("lands next")
+    pub async fn srch_commit_compact(&self, done: &SrchCompact) -> Result<(), ClientError> {
+        self.tell(NetCmd::SrchCommitCompact, done).await
     }
 
     /// Gets log merge work; the server answers ENOENT if there is none.
@@ -226,44 +405,61 @@ impl Client {
     /// # Errors
     /// As [`ClientError`].
     pub async fn get_log_merge(&self) -> Result<LogMergeRequest, ClientError> {
-        unreachable!("lands next")
+        self.ask_for(NetCmd::GetLogMerge, &[]).await
     }
 
     /// Hands log merge work in.
     ///
     /// # Errors
     /// As [`ClientError`]; ENOENT is no harm.
-    pub async fn commit_log_merge(&self, _done: &LogMergeComplete) -> Result<(), ClientError> {
-        unreachable!("lands next")
+    pub async fn commit_log_merge(&self, done: &LogMergeComplete) -> Result<(), ClientError> {
+        self.tell(NetCmd::CommitLogMerge, done).await
     }
 
     /// Says farewell and waits until the server freed everything of this mount
     /// (spec 08 section 9), then closes the connection for good. Returns at once if
     /// no server ever greeted this mount, or after [`Client::sever`].
     pub async fn farewell(&self) {
-        unreachable!("lands next")
+        let inner = &self.inner;
+        if inner.conn.borrow().peer_term() != 0
+            && let Ok(id) = inner.submit(NetCmd::Farewell, &[])
+        {
+            // In the same step as the request: greetings carry the flag from here on.
+            inner.farewell.set(Some(id));
+            let (send, receive) = oneshot::channel();
+            inner.waiters.borrow_mut().insert(id, send);
+            if let Ok(Err(error)) = receive.await {
+                tracing::warn!(%error, "farewell");
+            }
+        }
+        inner.end(Life::Closed);
+        if inner.incoming.borrow().is_some() {
+            inner.ended.wait().await;
+        }
     }
 
     /// Forced unmount: closes the connection for good. Waiting requests end with
     /// [`ClientError::Aborted`], new ones with [`ClientError::Severed`].
     pub fn sever(&self) {
-        unreachable!("lands next")
+        probe("client_severed");
+        self.inner.end(Life::Severed);
     }
 
     /// Whether [`Client::sever`] was called.
     pub fn is_severed(&self) -> bool {
-        unreachable!("lands next")
+        self.inner.life.get() == Life::Severed
     }
 
     /// Term of the last server greeted; 0 if none.
     pub fn server_term(&self) -> u64 {
-        unreachable!("lands next")
+        self.inner.conn.borrow().peer_term()
     }
 
     /// Completes when a current super has no mounted client item for this mount
     /// although it is not unmounting: it was fenced and reclaimed, and should sever
     /// itself (spec 08 section 15).
     pub fn evicted(&self) -> LocalBoxFuture<'static, ()> {
-        unreachable!("lands next")
+        let inner = self.inner.clone();
+        Box::pin(async move { inner.evicted.wait().await })
     }
 }

@@ -1,0 +1,341 @@
+//! The client's connection task: find the server, greet it, carry messages, and
+//! all over again when that fails (spec 08 sections 4 and 6).
+//!
+//! What can go wrong: a server that accepts and then stays silent. Connecting and
+//! greeting are bounded; after the greeting the transport's keepalive is.
+
+use super::{ClientError, Incoming, Inner, Life, LocateError};
+use crate::env::{
+    Either, NetError, Stream, StreamReader, StreamWriter, probe, race, timeout,
+};
+use crate::errno::Errno;
+use crate::format::{
+    Key, NET_GREETING_FLAG_FAREWELL, NET_GREETING_FLAG_QUORUM, NET_LOCK_MAX_RECOVER_NR, NetCmd,
+    NetGreeting, NetLock, NetLockRecover, OpenInoMapArgs,
+};
+use crate::wire::greeting::{self, GreetingError};
+use crate::wire::{Decoder, Frame, FrameError, Received, client_handles};
+use bytes::{Bytes, BytesMut};
+use std::rc::{Rc, Weak};
+use thiserror::Error;
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Bytes written in one call, about.
+const WRITE_CHUNK: usize = 64 << 10;
+
+/// Why an attempt or a connection ended.
+#[derive(Debug, Error)]
+enum ConnectError {
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    #[error(transparent)]
+    Net(#[from] NetError),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    Greeting(#[from] GreetingError),
+    #[error("the server closed the connection")]
+    Eof,
+    #[error("message {0:?} of the server has no business here")]
+    Unexpected(NetCmd),
+    #[error("message {0:?} of the server has a wrong length")]
+    Length(NetCmd),
+}
+
+/// Runs until the client is severed or has said farewell.
+pub(super) async fn run(inner: Rc<Inner>) {
+    match race(inner.stop.wait(), reconnect_for_ever(&inner)).await {
+        Either::Left(()) => tracing::debug!("client connection closed"),
+        Either::Right(()) => probe("farewell_by_missing_item"),
+    }
+    inner.conn.borrow_mut().detach();
+    inner.ended.open();
+    // The handler usually owns this client: break the circle.
+    let handler = inner.incoming.borrow_mut().take();
+    drop(handler);
+}
+
+/// Attempt after attempt; returns only when a farewell needs no answer any more.
+async fn reconnect_for_ever(inner: &Rc<Inner>) {
+    loop {
+        if farewell_done(inner).await {
+            return;
+        }
+        let ended = attempt(inner).await;
+        let was_greeted = inner.conn.borrow().is_attached();
+        inner.conn.borrow_mut().detach();
+        tracing::info!(%ended, "no connection to the server");
+        if matches!(
+            ended,
+            ConnectError::Greeting(GreetingError::Refused(_)) | ConnectError::Eof
+        ) {
+            look_for_eviction(inner).await;
+        }
+        if was_greeted {
+            probe("client_reconnects");
+        } else {
+            inner.env.sleep(inner.config.backoff).await;
+        }
+    }
+}
+
+/// Whether a farewell is pending and the mounted client item is gone: then the
+/// server has reclaimed this mount and only its answer was lost.
+async fn farewell_done(inner: &Inner) -> bool {
+    let Some(id) = inner.farewell.get() else {
+        return false;
+    };
+    match inner.locator.is_mounted(inner.config.rid).await {
+        Ok(false) => {
+            if let Some(waiter) = inner.waiters.borrow_mut().remove(&id) {
+                let _ = waiter.send(Ok(Bytes::new()));
+            }
+            true
+        }
+        Ok(true) => false,
+        Err(error) => {
+            tracing::info!(%error, "can not tell whether the farewell is done");
+            false
+        }
+    }
+}
+
+/// A server that closes or refuses a mount it should know may have fenced it.
+async fn look_for_eviction(inner: &Inner) {
+    let greeted_before = inner.conn.borrow().peer_term() != 0;
+    if !greeted_before || inner.farewell.get().is_some() || inner.life.get() != Life::Open {
+        return;
+    }
+    if let Ok(false) = inner.locator.is_mounted(inner.config.rid).await
+        && inner.farewell.get().is_none()
+    {
+        probe("client_evicted");
+        tracing::error!("this mount was fenced: it is not on the list of mounted clients");
+        inner.evicted.open();
+    }
+}
+
+/// One attempt, from finding the server to the end of the connection.
+async fn attempt(inner: &Rc<Inner>) -> ConnectError {
+    let connected = async {
+        let addr = inner.locator.find_server().await?;
+        let clock = &inner.env.clock;
+        let deadline = clock.now() + inner.config.connect_timeout;
+        let connect = inner.env.net.connect(addr, inner.config.keepalive);
+        let stream = timeout(&**clock, deadline, connect).await;
+        let mut stream = stream.unwrap_or(Err(NetError::TimedOut))?;
+        let deadline = clock.now() + inner.config.keepalive;
+        let mut decoder = Decoder::default();
+        let greeted = timeout(&**clock, deadline, greet(inner, &mut stream, &mut decoder)).await;
+        let term = greeted.unwrap_or(Err(NetError::TimedOut.into()))?;
+        Ok((stream, decoder, term))
+    };
+    let (stream, mut decoder, term) = match connected.await {
+        Ok(connected) => connected,
+        Err(error) => return error,
+    };
+    tracing::info!(server = %stream.peer, term, "connected to the server");
+    inner.conn.borrow_mut().attach(term);
+    let Stream {
+        mut reader,
+        mut writer,
+        ..
+    } = stream;
+    let reading = read_loop(inner, &mut *reader, &mut decoder);
+    match race(reading, write_loop(inner, &mut *writer)).await {
+        Either::Left(error) | Either::Right(error) => error,
+    }
+}
+
+async fn next_frame(
+    reader: &mut dyn StreamReader,
+    decoder: &mut Decoder,
+) -> Result<Frame, ConnectError> {
+    loop {
+        if let Some(frame) = decoder.next()? {
+            return Ok(frame);
+        }
+        let chunk = reader.read().await?;
+        if chunk.is_empty() {
+            return Err(ConnectError::Eof);
+        }
+        decoder.push(&chunk);
+    }
+}
+
+/// Sends the greeting and judges the answer: the server's term.
+async fn greet(
+    inner: &Inner,
+    stream: &mut Stream,
+    decoder: &mut Decoder,
+) -> Result<u64, ConnectError> {
+    let config = &inner.config;
+    let mut flags = 0;
+    if inner.farewell.get().is_some() {
+        flags |= NET_GREETING_FLAG_FAREWELL;
+    }
+    if config.quorum {
+        flags |= NET_GREETING_FLAG_QUORUM;
+    }
+    let (greeting, request) = {
+        let mut conn = inner.conn.borrow_mut();
+        let greeting = NetGreeting {
+            fsid: config.fsid.into(),
+            fmt_vers: config.fmt_vers.into(),
+            server_term: conn.peer_term().into(),
+            rid: config.rid.into(),
+            flags: flags.into(),
+        };
+        let (seq, id) = conn.greeting_request();
+        let request = greeting::request(seq, conn.recv_seq(), id, &greeting);
+        (greeting, request)
+    };
+    stream.writer.write(request.to_bytes()).await?;
+    let answer = next_frame(&mut *stream.reader, decoder).await?;
+    Ok(greeting::accept_response(&answer, &greeting)?)
+}
+
+async fn write_loop(inner: &Inner, writer: &mut dyn StreamWriter) -> ConnectError {
+    loop {
+        let batch = || {
+            let mut conn = inner.conn.borrow_mut();
+            let mut out = BytesMut::new();
+            while out.len() < WRITE_CHUNK
+                && let Some(frame) = conn.next()
+            {
+                frame.encode(&mut out);
+            }
+            (!out.is_empty()).then(|| out.freeze())
+        };
+        let out = inner.to_write.wait_for(batch).await;
+        if let Err(error) = writer.write(out).await {
+            return error.into();
+        }
+    }
+}
+
+async fn read_loop(
+    inner: &Rc<Inner>,
+    reader: &mut dyn StreamReader,
+    decoder: &mut Decoder,
+) -> ConnectError {
+    loop {
+        let frame = match next_frame(reader, decoder).await {
+            Ok(frame) => frame,
+            Err(error) => return error,
+        };
+        if let Err(error) = dispatch(inner, frame) {
+            return error;
+        }
+        if inner.stop.is_open() {
+            // Severed by a handler: what is behind this message is not for us.
+            return std::future::pending().await;
+        }
+    }
+}
+
+fn dispatch(inner: &Rc<Inner>, frame: Frame) -> Result<(), ConnectError> {
+    let cmd = frame.cmd;
+    if cmd == NetCmd::Greeting && frame.response {
+        // The original's server can send it twice on one socket.
+        probe("duplicate_greeting_response_ignored");
+        return Ok(());
+    }
+    if !frame.response && !client_handles(cmd) {
+        return Err(ConnectError::Unexpected(cmd));
+    }
+    let received = inner.conn.borrow_mut().receive(frame);
+    let incoming = inner.incoming.borrow().clone();
+    let incoming = incoming.expect("set before the task was started");
+    match received {
+        Received::Nothing => Ok(()),
+        Received::Response { id, cmd, body } => answered(inner, &*incoming, id, cmd, body),
+        Received::Request {
+            epoch,
+            id,
+            cmd,
+            payload,
+        } => asked(inner, &*incoming, (epoch, id, cmd), &payload),
+    }
+}
+
+/// An answer to an own request.
+fn answered(
+    inner: &Inner,
+    incoming: &dyn Incoming,
+    id: u64,
+    cmd: NetCmd,
+    body: Result<Bytes, Errno>,
+) -> Result<(), ConnectError> {
+    if cmd == NetCmd::Lock {
+        // A server never answers LOCK with an error (spec 08 section 8).
+        let grant = body.map_err(|_| ConnectError::Unexpected(cmd))?;
+        let grant = NetLock::read_from_bytes(&grant).map_err(|_| ConnectError::Length(cmd))?;
+        incoming.lock_grant(grant);
+        return Ok(());
+    }
+    let waiter = inner.waiters.borrow_mut().remove(&id);
+    if let Some(waiter) = waiter {
+        // Nobody may wait any more.
+        let _ = waiter.send(body.map_err(ClientError::Server));
+    }
+    Ok(())
+}
+
+/// A request of the server.
+fn asked(
+    inner: &Rc<Inner>,
+    incoming: &dyn Incoming,
+    (epoch, id, cmd): (u64, u64, NetCmd),
+    payload: &[u8],
+) -> Result<(), ConnectError> {
+    let answer = match cmd {
+        NetCmd::Lock => {
+            let lock = NetLock::read_from_bytes(payload).map_err(|_| ConnectError::Length(cmd))?;
+            let weak: Weak<Inner> = Rc::downgrade(inner);
+            let answer = Box::new(move |lock: NetLock| {
+                if let Some(inner) = weak.upgrade() {
+                    let bytes = Bytes::copy_from_slice(lock.as_bytes());
+                    inner.respond(epoch, id, cmd, Ok(bytes));
+                }
+            });
+            incoming.lock_invalidate(lock, answer);
+            return Ok(());
+        }
+        NetCmd::SyncLogTrees => {
+            // Answered at once: the server wants no promise, only a start.
+            inner.respond(epoch, id, cmd, Ok(Bytes::new()));
+            if inner.farewell.get().is_none() {
+                incoming.sync_log_trees();
+            }
+            return Ok(());
+        }
+        NetCmd::LockRecover => recover(incoming, payload),
+        NetCmd::OpenInoMap => OpenInoMapArgs::read_from_bytes(payload)
+            .map(|args| Bytes::copy_from_slice(incoming.open_ino_map(args).as_bytes()))
+            .map_err(|_| Errno::EINVAL),
+        _ => return Err(ConnectError::Unexpected(cmd)),
+    };
+    inner.respond(epoch, id, cmd, answer);
+    Ok(())
+}
+
+/// The answer to LOCK_RECOVER: a count and that many locks.
+fn recover(incoming: &dyn Incoming, payload: &[u8]) -> Result<Bytes, Errno> {
+    let start: &[u8; 32] = payload.try_into().map_err(|_| Errno::EINVAL)?;
+    let locks = incoming.lock_recover(Key::from_bytes(start), NET_LOCK_MAX_RECOVER_NR);
+    assert!(
+        locks.len() <= NET_LOCK_MAX_RECOVER_NR,
+        "{} locks are more than a message holds",
+        locks.len()
+    );
+    let head = NetLockRecover {
+        nr: (locks.len() as u16).into(),
+        pad: [0; 6],
+    };
+    let mut out = BytesMut::from(head.as_bytes());
+    for lock in &locks {
+        out.extend_from_slice(lock.as_bytes());
+    }
+    Ok(out.freeze())
+}
