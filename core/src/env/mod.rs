@@ -9,6 +9,8 @@
 
 mod buf;
 mod channel;
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
 mod device;
 mod net;
 mod probe;
