@@ -1,5 +1,7 @@
 //! A mount's items and its transactions (spec 04).
 
+pub mod merge_worker;
+
 use crate::env::{DeviceError, LocalBoxFuture};
 use crate::errno::Errno;
 use crate::format::Key;
