@@ -231,6 +231,8 @@ struct Agent {
     server: Option<Box<dyn ServerInstance>>,
     inputs: Inputs,
     brain: Brain,
+    /// The server went down since the last turn: take another one at once.
+    again: bool,
 }
 
 /// What woke the loop.
@@ -292,6 +294,7 @@ impl Agent {
             server: None,
             inputs,
             brain,
+            again: false,
         })
     }
 
@@ -325,6 +328,10 @@ impl Agent {
             for effect in effects {
                 self.carry_out(effect).await?;
             }
+            if self.server_phase() == ServerPhase::Down && self.server.take().is_some() {
+                // The turn before saw it alive, or recorded its STOP: look again.
+                self.again = self.brain.status().server_start_term != 0;
+            }
         }
     }
 
@@ -345,6 +352,9 @@ impl Agent {
 
     /// Waits for a datagram, the timeout, the mount or the server.
     async fn wait(&mut self) -> Woken {
+        if std::mem::take(&mut self.again) {
+            return Woken::Other;
+        }
         let timer = self.env.clock.sleep_until(self.brain.timeout());
         let server = self.server.as_mut();
         let server = async {

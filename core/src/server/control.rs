@@ -8,6 +8,7 @@
 
 use super::ServerConfig;
 use crate::env::Env;
+use crate::quorum::ServerPhase;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -93,6 +94,26 @@ impl Control {
     pub async fn down(&mut self) {
         // An error means the sender is gone, and with it the server.
         let _ = self.status.wait_for(|s| *s == Status::Down).await;
+    }
+}
+
+/// The quorum agent's view of a server (spec 09 section 5).
+impl crate::quorum::ServerInstance for Control {
+    fn phase(&self) -> ServerPhase {
+        match self.status() {
+            Status::Starting => ServerPhase::Starting,
+            Status::Up => ServerPhase::Up,
+            Status::Stopping => ServerPhase::Stopping,
+            Status::Down => ServerPhase::Down,
+        }
+    }
+    fn stop(&self) {
+        Control::stop(self);
+    }
+    fn changed(&mut self) -> crate::env::LocalBoxFuture<'_, ()> {
+        Box::pin(async move {
+            Control::changed(self).await;
+        })
     }
 }
 
