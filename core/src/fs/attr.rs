@@ -124,14 +124,15 @@ fn check_size(inode: &Inode, size: u64) -> FsResult<()> {
     Ok(())
 }
 
+/// Whether there is more to do than to set a size. A request without anything is
+/// `chown(-1, -1)`: it moves ctime.
 fn has_more(set: &SetAttr) -> bool {
-    set.mode.is_some()
-        || set.uid.is_some()
-        || set.gid.is_some()
-        || set.atime.is_some()
-        || set.mtime.is_some()
-        || set.ctime.is_some()
-        || set.kill_suidgid
+    set.size.is_none()
+        || *set
+            != (SetAttr {
+                size: set.size,
+                ..SetAttr::default()
+            })
 }
 
 /// Whether privileges of the file go with this change.

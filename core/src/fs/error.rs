@@ -73,6 +73,12 @@ impl FsError {
             }
             FsError::Device(DeviceError::Shut) => Errno::ENOLINK,
             FsError::Device(_) | FsError::Offline { .. } => Errno::EIO,
+            // Items that must, or must not, be there: never an answer to a user.
+            FsError::Log(LogError::Exists(_) | LogError::NotFound(_)) => {
+                probe("fs.unexpected_item");
+                tracing::error!(error = %self, "an item contradicts another");
+                Errno::EIO
+            }
             FsError::Log(error) => error.clone().into(),
             FsError::Lock(error) => (*error).into(),
         }

@@ -247,6 +247,7 @@ impl Fs {
                 return;
             }
             self.scan_orphans().await;
+            self.table.prune_idle();
         }
     }
 

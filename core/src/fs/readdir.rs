@@ -169,9 +169,11 @@ impl Fs {
     async fn fill_batch(&self, batch: &mut Batch, ino: Ino, pos: u64, plus: bool) -> FsResult<()> {
         let _local = self.local.shared(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
-        if !self.load(&locked, ino).await?.is_dir() {
+        let dir = self.load(&locked, ino).await?;
+        if !dir.is_dir() {
             return Err(Errno::ENOTDIR.into());
         }
+        self.accessed(&dir);
         let last = Key::readdir(ino, DIRENT_LAST_POS);
         let mut pos = pos;
         while pos <= DIRENT_LAST_POS {

@@ -122,6 +122,12 @@ impl InodeTable {
         }
     }
 
+    /// Drops the states of all inodes that nothing needs any more.
+    pub fn prune_idle(&self) {
+        let mut states = self.states.borrow_mut();
+        states.retain(|_, s| s.opens.get() > 0 || Rc::strong_count(s) > 1 || !s.data.is_idle());
+    }
+
     /// Counts an opening. Call under a lock of the group that can read, after the
     /// inode item was seen, or before the item of a new inode is created.
     pub fn open(&self, ino: Ino, write: bool) -> Rc<InodeState> {
