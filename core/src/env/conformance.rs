@@ -9,7 +9,9 @@ use std::sync::Arc;
 fn pattern(len: usize, seed: u64) -> IoBuf {
     let mut buf = AlignedBuf::zeroed(len);
     for (nr, byte) in buf.iter_mut().enumerate() {
-        *byte = (seed.wrapping_mul(31).wrapping_add(nr as u64 * 7 + nr as u64 / 4096)) as u8;
+        *byte = (seed
+            .wrapping_mul(31)
+            .wrapping_add(nr as u64 * 7 + nr as u64 / 4096)) as u8;
     }
     Arc::new(buf)
 }

@@ -17,6 +17,8 @@ mod probe;
 mod race;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testnet;
 mod time;
 
 pub use buf::{ALIGN, AlignedBuf, IoBuf};

@@ -628,6 +628,11 @@ impl TestWorld {
     /// As [`TestWorld::new`], with a network of the test's own.
     pub fn with_network(seed: u64, meta_bytes: u64, data_bytes: u64, net: Rc<dyn Network>) -> Self {
         let (meta, data) = (MemDevice::new(meta_bytes), MemDevice::new(data_bytes));
+        Self::over(seed, meta, data, net)
+    }
+
+    /// A world over devices that exist already.
+    pub fn over(seed: u64, meta: MemDevice, data: MemDevice, net: Rc<dyn Network>) -> Self {
         let clock = TestClock::new();
         let entropy = TestEntropy::new(seed);
         let exec = Executor::new(clock.clone());
