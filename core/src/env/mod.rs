@@ -11,6 +11,8 @@ mod buf;
 mod channel;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance_net;
 mod device;
 mod net;
 mod probe;
