@@ -1,1 +1,384 @@
-//! Placeholder.
+//! One mount, assembled: devices and super blocks, quorum agent, client, locks,
+//! log, filesystem; in the order of spec 08 section 11, and taken down in the
+//! reverse one.
+//!
+//! ```text
+//!  quorum actor ──starts──▶ server actor          (own threads, own device handles)
+//!        ▲ handle                 ▲ wire protocol
+//!        └────────── mount actor ─┘
+//!            Client ─ Locks ─ Log ─ Fs
+//! ```
+//!
+//! What can go wrong: an order that strands somebody. The farewell needs this
+//! mount's own server, so the agent ends after it; an inode deleted at unmount
+//! needs locks, transactions and the server, so the filesystem ends first.
+
+mod glue;
+
+use crate::block::{self, Cache};
+use crate::client::{Client, ClientConfig};
+use crate::env::{BlockDevice, DeviceError, DeviceRole, Duration, Env, Gate, probe};
+use crate::errno::Errno;
+use crate::format::SuperBlock;
+use crate::fs::api::KernelCache;
+use crate::fs::{self, Fs, FsError};
+use crate::locks::{self, LockError, Locks, Mode};
+use crate::log::merge_worker::MergeWorker;
+use crate::log::{self, Log, LogError};
+use crate::quorum::{self, AgentConfig, AgentError, AgentHandle, AgentStop, ConfigError, Slots};
+use crate::server::{self, FenceAgent};
+use crate::volume::{MountSupers, VolumeError, read_mount_supers};
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// The root directory.
+const ROOT: u64 = 1;
+
+/// Everything a mount is told: options of spec 17 section 2 and FREE choices.
+#[derive(Clone)]
+pub struct NodeConfig {
+    /// Quorum member in this slot; `None` is a plain client.
+    pub quorum_slot: Option<usize>,
+    /// `quorum_heartbeat_timeout_ms`.
+    pub heartbeat_timeout: Duration,
+    /// `tcp_keepalive_timeout_ms`.
+    pub keepalive: Duration,
+    /// Who makes dead mounts really dead, should this mount become leader.
+    pub fence: Arc<dyn FenceAgent>,
+    /// Block cache, btrees and allocators.
+    pub block: block::Policy,
+    /// Item cache and transactions.
+    pub log: log::Policy,
+    /// Pause of the merge worker after a round without work.
+    pub merge_pause: Duration,
+    /// Lock client.
+    pub locks: locks::Policy,
+    /// Filesystem and file data.
+    pub fs: fs::Policy,
+    /// Election times.
+    pub quorum: quorum::Policy,
+    /// Server.
+    pub server: server::Policy,
+}
+
+impl NodeConfig {
+    /// Production defaults.
+    pub fn new(quorum_slot: Option<usize>, fence: Arc<dyn FenceAgent>) -> Self {
+        Self {
+            quorum_slot,
+            heartbeat_timeout: Duration::from_secs(10),
+            keepalive: Duration::from_secs(24),
+            fence,
+            block: block::Policy::default(),
+            log: log::Policy::default(),
+            merge_pause: Duration::from_secs(5),
+            locks: locks::Policy::default(),
+            fs: fs::Policy::default(),
+            quorum: quorum::Policy::default(),
+            server: server::Policy::default(),
+        }
+    }
+}
+
+/// Why a mount failed.
+#[derive(Debug, Error)]
+pub enum MountError {
+    /// The super blocks do not fit together, or cannot be read.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// A device could not be opened.
+    #[error("the {role:?} device: {source}")]
+    Device {
+        /// Which.
+        role: DeviceRole,
+        /// What the system said.
+        source: DeviceError,
+    },
+    /// The quorum configuration does not allow this slot.
+    #[error(transparent)]
+    Slots(#[from] ConfigError),
+    /// The quorum agent could not take part.
+    #[error("quorum: {0}")]
+    Quorum(Arc<AgentError>),
+    /// The first transaction could not be opened.
+    #[error("opening the first transaction: {0}")]
+    Log(#[from] LogError),
+    /// The root directory could not be read.
+    #[error("reading the root directory: {0}")]
+    Root(#[from] FsError),
+    /// The mount was told to give up while it waited.
+    #[error("the mount was given up while it waited")]
+    GivenUp,
+}
+
+impl MountError {
+    /// The number that mount(2) would give.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Volume(error) => error.mount_errno(),
+            Self::Slots(_) => Errno::EINVAL,
+            Self::Device { .. } | Self::Quorum(_) => Errno::EIO,
+            Self::Log(error) => error.clone().into(),
+            Self::Root(error) => error.errno(),
+            Self::GivenUp => Errno::EINTR,
+        }
+    }
+}
+
+/// A running mount. Lives on the mount actor's thread.
+pub struct Mount {
+    env: Env,
+    rid: u64,
+    supers: MountSupers,
+    agent: Option<AgentHandle>,
+    client: Client,
+    locks: Locks,
+    log: Rc<Log>,
+    fs: Rc<Fs>,
+    blocks: Rc<Cache>,
+    merge_pause: Duration,
+    merges: RefCell<Option<Rc<MergeWorker>>>,
+    /// Opened when the mount can not go on by itself: it was fenced or evicted.
+    evicted: Gate,
+}
+
+impl Mount {
+    /// Mounts the volume on `env.devices` as `rid`. Waits as long as it takes to find a server
+    /// and to be admitted; opening `give_up` ends the wait as a forced unmount.
+    ///
+    /// # Errors
+    /// As [`MountError`]; nothing is left running.
+    pub async fn start(
+        env: &Env,
+        rid: u64,
+        config: NodeConfig,
+        kernel: Rc<dyn KernelCache>,
+        give_up: &Gate,
+    ) -> Result<Rc<Mount>, MountError> {
+        let meta = open(env, DeviceRole::Meta)?;
+        let data = open(env, DeviceRole::Data)?;
+        let supers = read_mount_supers(&*meta, &*data, &*env.clock).await?;
+        let agent = start_agent(env, rid, &config, &supers.meta).await?;
+        let mount = Mount::assemble(env, rid, config, supers, agent, (meta, data), kernel);
+        let started = match crate::env::race(mount.begin(), give_up.wait()).await {
+            crate::env::Either::Left(result) => result,
+            crate::env::Either::Right(()) => Err(MountError::GivenUp),
+        };
+        match started {
+            Ok(()) => Ok(mount),
+            Err(error) => {
+                probe("node.mount_failed");
+                mount.force_unmount().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn assemble(
+        env: &Env,
+        rid: u64,
+        config: NodeConfig,
+        supers: MountSupers,
+        agent: Option<AgentHandle>,
+        (meta, data): (Rc<dyn BlockDevice>, Rc<dyn BlockDevice>),
+        kernel: Rc<dyn KernelCache>,
+    ) -> Rc<Mount> {
+        let fsid = supers.meta.hdr.fsid.get();
+        let fmt_vers = supers.meta.fmt_vers.get();
+        let client_config = ClientConfig {
+            keepalive: config.keepalive,
+            ..ClientConfig::new(rid, fsid, fmt_vers, agent.is_some())
+        };
+        let client = Client::new(env, meta.clone(), client_config);
+        let requests = Rc::new(glue::Requests {
+            client: client.clone(),
+        });
+        let locks = Locks::new(env.clone(), config.locks, requests.clone());
+        let blocks =
+            Cache::new(meta, env.entropy.clone(), fsid, Rc::new(config.block));
+        let total_data_blocks = supers.meta.total_data_blocks.get();
+        let log = Rc::new(Log::new(
+            env.clone(),
+            blocks.clone(),
+            data.clone(),
+            total_data_blocks,
+            config.log,
+            requests.clone(),
+        ));
+        let fs = Fs::new(
+            env.clone(),
+            log.clone(),
+            locks.clone(),
+            requests,
+            kernel,
+            data,
+            fs::Config {
+                fmt_vers,
+                policy: config.fs,
+            },
+        );
+        locks.set_hooks(Rc::new(glue::Hooks {
+            log: log.clone(),
+            fs: fs.clone(),
+        }));
+        let evicted = Gate::default();
+        Rc::new(Mount {
+            env: env.clone(),
+            rid,
+            supers,
+            agent,
+            client,
+            locks,
+            log,
+            fs,
+            evicted,
+        })
+    }
+
+    /// Connects, reads the root, opens the first transaction, starts the
+    /// background work.
+    async fn begin(self: &Rc<Self>) -> Result<(), MountError> {
+        self.client.start(Rc::new(glue::Messages {
+            locks: self.locks.clone(),
+            log: self.log.clone(),
+            fs: self.fs.clone(),
+        }));
+        let locked = self.fs.lock_inodes(&[ROOT], Mode::Read).await?;
+        self.fs.load(&locked, ROOT).await?;
+        drop(locked);
+        self.log.start();
+        self.log.opened().await?;
+        self.fs.start();
+        let requests = Rc::new(glue::Requests { client: self.client.clone() });
+        let worker =
+            MergeWorker::start(&self.env, self.blocks.clone(), requests, self.merge_pause);
+        *self.merges.borrow_mut() = Some(worker);
+        let (client, evicted) = (self.client.clone(), self.evicted.clone());
+        self.env.spawn("evicted", async move {
+            client.evicted().await;
+            tracing::error!("this mount was declared dead by its cluster and gives up");
+            evicted.open();
+        });
+        Ok(())
+    }
+
+    /// Clean unmount (spec 08 section 11): deletes what is unlinked and no longer
+    /// open, commits, says farewell, ends the quorum agent. The caller has stopped
+    /// sending requests.
+    pub async fn unmount(&self) {
+        self.fs.stop();
+        while !self.fs.is_idle() {
+            self.env.sleep(Duration::from_millis(1)).await;
+        }
+        let worker = self.merges.borrow_mut().take();
+        if let Some(worker) = worker {
+            worker.stop().await;
+        }
+        self.locks.stop(LockError::Shutdown);
+        if let Err(error) = self.log.shutdown().await {
+            tracing::error!(%error, "the last commit failed: what was not synced is lost");
+        }
+        self.client.farewell().await;
+        self.client.sever();
+        self.log.sever();
+        if let Some(agent) = &self.agent {
+            agent.stop(AgentStop::Unmount);
+            agent.ended().await;
+        }
+    }
+
+    /// Forced unmount: nothing more is sent or begun; what was not committed is
+    /// lost. Writes already handed to a device may still end: the mount counts as
+    /// gone when its device handles are closed, which the `local` fence agent asks for.
+    pub async fn force_unmount(&self) {
+        probe("node.force_unmount");
+        self.log.sever();
+        self.client.sever();
+        self.locks.stop(LockError::Severed);
+        self.fs.stop();
+        self.fs.data.abandon();
+        if let Some(agent) = &self.agent {
+            agent.stop(AgentStop::Forced);
+            agent.ended().await;
+        }
+    }
+
+    /// The filesystem, for the FUSE front or the simulator's kernel model.
+    pub fn fs(&self) -> &Rc<Fs> {
+        &self.fs
+    }
+
+    /// The log, for `sync` and for checks.
+    pub fn log(&self) -> &Rc<Log> {
+        &self.log
+    }
+
+    /// The locks, for status and for checks.
+    pub fn locks(&self) -> &Locks {
+        &self.locks
+    }
+
+    /// Completes when the cluster declared this mount dead: the caller forces the unmount.
+    pub async fn evicted(&self) {
+        self.evicted.wait().await;
+    }
+
+    /// Id of this mount.
+    pub fn rid(&self) -> u64 {
+        self.rid
+    }
+
+    /// The super blocks as read at mount.
+    pub fn supers(&self) -> &MountSupers {
+        &self.supers
+    }
+
+    /// The quorum agent's status, of members.
+    pub fn quorum_status(&self) -> Option<quorum::AgentStatus> {
+        self.agent.as_ref().map(AgentHandle::status)
+    }
+}
+
+fn open(env: &Env, role: DeviceRole) -> Result<Rc<dyn BlockDevice>, MountError> {
+    env.devices
+        .open(role)
+        .map_err(|source| MountError::Device { role, source })
+}
+
+async fn start_agent(
+    env: &Env,
+    rid: u64,
+    config: &NodeConfig,
+    meta: &SuperBlock,
+) -> Result<Option<AgentHandle>, MountError> {
+    let Some(slot) = config.quorum_slot else {
+        return Ok(None);
+    };
+    let slots = Slots::checked(&meta.qconf, slot)?;
+    let addr = slots.addr(slot).expect("a checked own slot is present");
+    let fsid = meta.hdr.fsid.get();
+    let starter = glue::Starter {
+        fsid,
+        rid,
+        addr,
+        policy: config.server.clone(),
+        block: config.block.clone(),
+        fence: config.fence.clone(),
+    };
+    let agent_config = AgentConfig {
+        fsid,
+        rid,
+        slot,
+        slots,
+        policy: config.quorum.clone(),
+    };
+    let make = Box::new(move |_: &Env| -> Rc<dyn quorum::ServerStarter> { Rc::new(starter) });
+    let agent = AgentHandle::spawn(env, agent_config, config.heartbeat_timeout, make);
+    agent.started().await.map_err(MountError::Quorum)?;
+    Ok(Some(agent))
+}
+
+#[cfg(test)]
+mod golden_tests;

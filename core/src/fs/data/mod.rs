@@ -53,6 +53,9 @@ pub struct Policy {
     pub writeback_bytes: u64,
     /// Dirty bytes above which writers wait for the device.
     pub dirty_bytes_max: u64,
+    /// Written bytes kept in memory until they are flushed, so that a failed flush
+    /// can be made good. Beyond it a failed flush ends all commits of the mount.
+    pub unflushed_bytes_max: u64,
     /// Bytes read ahead of a sequential reader; 0 for none.
     pub readahead_bytes: u64,
 }
@@ -66,6 +69,7 @@ impl Default for Policy {
             extents_per_change: 8,
             writeback_bytes: 1 << 20,
             dirty_bytes_max: 256 << 20,
+            unflushed_bytes_max: 64 << 20,
             readahead_bytes: 4 << 20,
         }
     }

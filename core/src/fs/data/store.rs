@@ -29,7 +29,23 @@ struct Shared {
     in_flight_bytes: Cell<u64>,
     in_flight: Cell<u64>,
     failed: RefCell<Option<DeviceError>>,
+    /// Written since the last flush that succeeded, in order.
+    unflushed: RefCell<Unflushed>,
     changed: Signal,
+}
+
+/// What a device may still lose: kept so that it can be written again after a
+/// flush that failed, as far as memory allows.
+#[derive(Default)]
+struct Unflushed {
+    batches: Vec<Batch>,
+    bytes: u64,
+    /// More was written than is kept.
+    overflowed: bool,
+    /// A flush failed: write everything again before the next.
+    redo: bool,
+    /// A flush failed and not everything was kept: no commit may succeed again.
+    lost: bool,
 }
 
 /// The data device of a mount and everything not yet on it. Cheap to clone.
@@ -50,6 +66,7 @@ impl DataStore {
                 in_flight_bytes: Cell::new(0),
                 in_flight: Cell::new(0),
                 failed: RefCell::new(None),
+                unflushed: RefCell::default(),
                 changed: Signal::default(),
             }),
         }
@@ -79,7 +96,11 @@ impl DataStore {
 
     /// Notes that the inode got dirty blocks; sends them off where they are many.
     pub(super) fn dirtied(&self, state: &Rc<InodeState>) {
-        self.shared.dirty.borrow_mut().entry(state.ino).or_insert_with(|| state.clone());
+        self.shared
+            .dirty
+            .borrow_mut()
+            .entry(state.ino)
+            .or_insert_with(|| state.clone());
         if state.data.dirty_blocks() * BLOCK >= self.shared.policy.writeback_bytes {
             self.write_inode(state);
         }
@@ -125,18 +146,27 @@ impl DataStore {
     fn submit(&self, state: Rc<InodeState>, batch: Batch) {
         let shared = self.shared.clone();
         shared.in_flight.set(shared.in_flight.get() + 1);
-        shared.in_flight_bytes.set(shared.in_flight_bytes.get() + batch.bytes());
-        let request =
-            shared.device.write(batch.blkno * BLOCK, batch.bufs.clone(), WriteFlags::default());
+        shared
+            .in_flight_bytes
+            .set(shared.in_flight_bytes.get() + batch.bytes());
+        let request = shared.device.write(
+            batch.blkno * BLOCK,
+            batch.bufs.clone(),
+            WriteFlags::default(),
+        );
         let store = self.clone();
         self.spawn("data_write", async move {
             let result = request.await;
             state.data.written(&batch, result.is_ok());
             shared.in_flight.set(shared.in_flight.get() - 1);
-            shared.in_flight_bytes.set(shared.in_flight_bytes.get() - batch.bytes());
-            if let Err(error) = result {
+            shared
+                .in_flight_bytes
+                .set(shared.in_flight_bytes.get() - batch.bytes());
+            if result.is_ok() {
+                shared.keep_until_flushed(batch);
+            } else if let Err(error) = result {
                 probe("data.write_failed");
-                tracing::error!(ino = state.ino, blkno = batch.blkno, %error, "file data was not written");
+                tracing::error!(ino = state.ino, %error, "file data was not written");
                 *shared.failed.borrow_mut() = Some(error);
             }
             store.settle(&state);
@@ -160,10 +190,56 @@ impl DataStore {
         }
     }
 
+    /// After a flush that failed nothing written since the last good one can be
+    /// relied on: it is written again, oldest first.
+    async fn redo_unflushed(&self) -> Result<(), DeviceError> {
+        let shared = &self.shared;
+        if shared.unflushed.borrow().lost {
+            return Err(DeviceError::Io {
+                op: "flush",
+                offset: 0,
+                len: 0,
+                detail: "an earlier flush failed and what it covered is not in memory any more"
+                    .to_owned(),
+            });
+        }
+        if !std::mem::take(&mut shared.unflushed.borrow_mut().redo) {
+            return Ok(());
+        }
+        probe("data.redo_after_failed_flush");
+        // Newer writes of the same blocks must not be overtaken: they end first,
+        // are kept behind the older ones, and are written again after them.
+        shared
+            .changed
+            .wait_for(|| (shared.in_flight.get() == 0).then_some(()))
+            .await;
+        let writes: Vec<_> = {
+            let kept = shared.unflushed.borrow();
+            kept.batches
+                .iter()
+                .map(|b| (b.blkno, b.bufs.clone()))
+                .collect()
+        };
+        for (blkno, bufs) in writes {
+            let write = shared
+                .device
+                .write(blkno * BLOCK, bufs, WriteFlags::default());
+            if let Err(error) = write.await {
+                shared.unflushed.borrow_mut().redo = true;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     async fn wait_all(self) -> Result<(), DeviceError> {
+        self.redo_unflushed().await?;
         loop {
             let shared = &self.shared;
-            shared.changed.wait_for(|| (shared.in_flight.get() == 0).then_some(())).await;
+            shared
+                .changed
+                .wait_for(|| (shared.in_flight.get() == 0).then_some(()))
+                .await;
             if let Some(error) = shared.failed.borrow_mut().take() {
                 return Err(error);
             }
@@ -187,10 +263,36 @@ impl DirtyData for DataStore {
     fn wait(&self) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
         Box::pin(self.clone().wait_all())
     }
+
+    fn flushed(&self, durable: bool) {
+        let mut kept = self.shared.unflushed.borrow_mut();
+        if durable {
+            *kept = Unflushed::default();
+        } else if kept.overflowed {
+            kept.lost = true;
+        } else {
+            kept.redo = true;
+        }
+    }
+}
+
+impl Shared {
+    fn keep_until_flushed(&self, batch: Batch) {
+        let mut kept = self.unflushed.borrow_mut();
+        kept.bytes += batch.bytes();
+        if kept.overflowed || kept.bytes > self.policy.unflushed_bytes_max {
+            kept.overflowed = true;
+            kept.batches.clear();
+        } else {
+            kept.batches.push(batch);
+        }
+    }
 }
 
 impl std::fmt::Debug for DataStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DataStore").field("dirty_bytes", &self.dirty_bytes()).finish()
+        f.debug_struct("DataStore")
+            .field("dirty_bytes", &self.dirty_bytes())
+            .finish()
     }
 }
