@@ -24,15 +24,12 @@ pub mod merge_worker;
 mod trans;
 mod tree;
 
-
 pub use cache::CacheStats;
 pub use error::{LogError, ServerError};
 pub use trans::Hold;
 
 use crate::block;
-use crate::env::{
-    BlockDevice, DeviceError, Duration, Env, LocalBoxFuture, Signal, Time,
-};
+use crate::env::{BlockDevice, DeviceError, Duration, Env, LocalBoxFuture, Signal, Time};
 use crate::format::{Key, KeyRange, LogTrees, NetRoots};
 use cache::ItemCache;
 use forest::Snapshot;
@@ -265,7 +262,10 @@ impl Log {
     pub fn invalidate(&self, range: &KeyRange) {
         if self.inner.life.get() != Life::Severed {
             let dirty = self.first_dirty(range);
-            assert!(dirty.is_none(), "dirty item {dirty:?} in a lock that is given up");
+            assert!(
+                dirty.is_none(),
+                "dirty item {dirty:?} in a lock that is given up"
+            );
         }
         self.inner.cache.borrow_mut().invalidate(range);
     }

@@ -5,7 +5,10 @@ use crate::block;
 use crate::client::{Client, ClientError, Incoming};
 use crate::env::{Env, LocalBoxFuture};
 use crate::errno::Errno;
-use crate::format::{Key, KeyRange, LogTrees, NetLock, NetRoots, OpenInoMap, OpenInoMapArgs};
+use crate::format::{
+    Key, KeyRange, LogMergeComplete, LogMergeRequest, LogTrees, NetLock, NetRoots, OpenInoMap,
+    OpenInoMapArgs,
+};
 use crate::fs::api::{Ino, StatFs};
 use crate::fs::{Fs, ServerRequests};
 use crate::locks::{LockError, LockHooks, LockTransport, Locks, Mode, Scope};
@@ -24,14 +27,14 @@ pub(super) struct Requests {
 
 fn server_error(error: ClientError) -> ServerError {
     match error {
-        ClientError::Severed | ClientError::Aborted => ServerError::Severed,
+        ClientError::Severed | ClientError::Aborted | ClientError::Closed => ServerError::Severed,
         other => ServerError::Failed(errno(other)),
     }
 }
 
 fn errno(error: ClientError) -> Errno {
     match error {
-        ClientError::Severed => Errno::ENOLINK,
+        ClientError::Severed | ClientError::Closed => Errno::ENOLINK,
         ClientError::Aborted => Errno::ECONNABORTED,
         ClientError::Server(errno) | ClientError::Inodes(errno) => errno,
         ClientError::Length { .. } => Errno::EIO,
@@ -50,7 +53,10 @@ impl log::Server for Requests {
         Box::pin(async move { client.get_log_trees().await.map_err(server_error) })
     }
 
-    fn commit_log_trees(&self, trees: &LogTrees) -> LocalBoxFuture<'static, Result<(), ServerError>> {
+    fn commit_log_trees(
+        &self,
+        trees: &LogTrees,
+    ) -> LocalBoxFuture<'static, Result<(), ServerError>> {
         let (client, trees) = (self.client.clone(), *trees);
         Box::pin(async move { client.commit_log_trees(&trees).await.map_err(server_error) })
     }
@@ -182,7 +188,11 @@ impl LockHooks for Hooks {
     }
 
     fn has_cached(&self, range: &KeyRange, any: bool) -> bool {
-        if any { self.log.has_cached(range) } else { self.log.has_dirty(range) }
+        if any {
+            self.log.has_cached(range)
+        } else {
+            self.log.has_dirty(range)
+        }
     }
 }
 

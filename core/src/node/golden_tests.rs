@@ -129,6 +129,7 @@ impl Walker {
         let mut at = 0;
         loop {
             let before = found.len();
+            let from = at;
             let mut room = 100;
             let mut sink = |entry: crate::fs::api::DirEntry| {
                 if room == 0 {
@@ -139,11 +140,10 @@ impl Walker {
                 found.push((entry.name, entry.ino));
                 true
             };
-            let from = at_copy(&found, before, at);
-            self.fs
-                .readdir(&self.cx, ino, dir.fh, from, false, &mut sink)
-                .await
-                .expect("readdir");
+            let read = self
+                .fs
+                .readdir(&self.cx, ino, dir.fh, from, false, &mut sink);
+            read.await.expect("readdir");
             if found.len() == before {
                 break;
             }
@@ -250,15 +250,6 @@ impl Walker {
         }
         let absent = self.fs.getxattr(&self.cx, ino, b"user.not-there").await;
         assert_eq!(absent, Err(Errno::ENODATA));
-    }
-}
-
-/// Position to read on from: the last entry's, or the start.
-fn at_copy(found: &[(Bytes, u64)], before: usize, at: u64) -> u64 {
-    if found.is_empty() && before == 0 {
-        0
-    } else {
-        at
     }
 }
 

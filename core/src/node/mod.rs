@@ -196,8 +196,7 @@ impl Mount {
             client: client.clone(),
         });
         let locks = Locks::new(env.clone(), config.locks, requests.clone());
-        let blocks =
-            Cache::new(meta, env.entropy.clone(), fsid, Rc::new(config.block));
+        let blocks = Cache::new(meta, env.entropy.clone(), fsid, Rc::new(config.block));
         let total_data_blocks = supers.meta.total_data_blocks.get();
         let log = Rc::new(Log::new(
             env.clone(),
@@ -223,7 +222,7 @@ impl Mount {
             log: log.clone(),
             fs: fs.clone(),
         }));
-        let evicted = Gate::default();
+        log.register_dirty_data(Rc::new(fs.data.clone()));
         Rc::new(Mount {
             env: env.clone(),
             rid,
@@ -233,7 +232,10 @@ impl Mount {
             locks,
             log,
             fs,
-            evicted,
+            blocks,
+            merge_pause: config.merge_pause,
+            merges: RefCell::new(None),
+            evicted: Gate::default(),
         })
     }
 
@@ -251,9 +253,10 @@ impl Mount {
         self.log.start();
         self.log.opened().await?;
         self.fs.start();
-        let requests = Rc::new(glue::Requests { client: self.client.clone() });
-        let worker =
-            MergeWorker::start(&self.env, self.blocks.clone(), requests, self.merge_pause);
+        let requests = Rc::new(glue::Requests {
+            client: self.client.clone(),
+        });
+        let worker = MergeWorker::start(&self.env, self.blocks.clone(), requests, self.merge_pause);
         *self.merges.borrow_mut() = Some(worker);
         let (client, evicted) = (self.client.clone(), self.evicted.clone());
         self.env.spawn("evicted", async move {
@@ -372,7 +375,7 @@ async fn start_agent(
         rid,
         slot,
         slots,
-        policy: config.quorum.clone(),
+        policy: config.quorum,
     };
     let make = Box::new(move |_: &Env| -> Rc<dyn quorum::ServerStarter> { Rc::new(starter) });
     let agent = AgentHandle::spawn(env, agent_config, config.heartbeat_timeout, make);

@@ -153,17 +153,17 @@ mod tests {
     #[test]
     fn the_last_majority_leaves_together_after_everybody_else() {
         let all = mounts(&[1, 2], &[8]);
-        assert_eq!(may_leave(&[1, 2], &all, 2), []);
+        assert_eq!(may_leave(&[1, 2], &all, 2), Vec::<u64>::new());
         assert_eq!(may_leave(&[1, 2, 8], &all, 2), [8, 1, 2]);
         let rest = mounts(&[1, 2], &[]);
-        assert_eq!(may_leave(&[1], &rest, 2), []);
+        assert_eq!(may_leave(&[1], &rest, 2), Vec::<u64>::new());
         assert_eq!(may_leave(&[1, 2], &rest, 2), [1, 2]);
     }
 
     #[test]
     fn a_single_mount_leaves() {
         assert_eq!(may_leave(&[1], &mounts(&[1], &[]), 1), [1]);
-        assert_eq!(may_leave(&[1], &mounts(&[1], &[9]), 1), []);
+        assert_eq!(may_leave(&[1], &mounts(&[1], &[9]), 1), Vec::<u64>::new());
     }
 
     #[test]

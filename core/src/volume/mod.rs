@@ -24,6 +24,6 @@ pub use superblock::{
 };
 
 #[cfg(test)]
-mod golden;
+pub(crate) mod golden;
 #[cfg(test)]
 mod tests;

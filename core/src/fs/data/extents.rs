@@ -53,9 +53,21 @@ impl Extent {
     pub fn part(&self, start: u64, end: u64) -> Extent {
         let from = self.start.max(start);
         let to = self.end().min(end);
-        assert!(from < to, "extent {self:?} does not reach into {start}..{end}");
-        let blkno = if self.is_mapped() { self.blkno + (from - self.start) } else { 0 };
-        Extent { start: from, len: to - from, blkno, flags: self.flags }
+        assert!(
+            from < to,
+            "extent {self:?} does not reach into {start}..{end}"
+        );
+        let blkno = if self.is_mapped() {
+            self.blkno + (from - self.start)
+        } else {
+            0
+        };
+        Extent {
+            start: from,
+            len: to - from,
+            blkno,
+            flags: self.flags,
+        }
     }
 
     fn is_hole(&self) -> bool {
@@ -76,8 +88,11 @@ impl Extent {
     }
 
     fn value(&self) -> Bytes {
-        let value =
-            DataExtentVal { blkno: self.blkno.into(), flags: self.flags, ..Default::default() };
+        let value = DataExtentVal {
+            blkno: self.blkno.into(),
+            flags: self.flags,
+            ..Default::default()
+        };
         Bytes::copy_from_slice(value.as_bytes())
     }
 
@@ -96,7 +111,12 @@ impl Extent {
             | (true, BOTH_FLAGS) => {}
             _ => return Err(corrupt("the extent's flags do not go together")),
         }
-        Ok(Extent { start: last + 1 - len, len, blkno, flags })
+        Ok(Extent {
+            start: last + 1 - len,
+            len,
+            blkno,
+            flags,
+        })
     }
 
     /// What it adds to the online and offline counts.
@@ -141,7 +161,9 @@ impl Fs {
         let mut found = Vec::new();
         let mut at = start;
         while at < end {
-            let Some(extent) = self.next_extent(guard, ino, at).await? else { break };
+            let Some(extent) = self.next_extent(guard, ino, at).await? else {
+                break;
+            };
             if extent.start >= end {
                 break;
             }
@@ -167,19 +189,30 @@ pub async fn set(
     let ino = inode.ino;
     let (start, end) = (new.start, new.end());
     let guard = change.locked().of(ino);
-    let around = fs.next_extent(guard, ino, start).await?.filter(|e| e.start < end);
+    let around = fs
+        .next_extent(guard, ino, start)
+        .await?
+        .filter(|e| e.start < end);
     let (mut joins_left, mut joins_right) = (true, true);
     if let Some(old) = around {
         if start < old.start || end > old.end() {
             let what = "the range to set crosses the extent's border";
-            return Err(FsError::Corrupt { key: old.key(ino), what });
+            return Err(FsError::Corrupt {
+                key: old.key(ino),
+                what,
+            });
         }
         remove(change, inode, old).await?;
         if old.start < start {
             joins_left = false;
             let rest = old.part(old.start, start);
             if rest.joins(&new) && !new.is_hole() {
-                new = Extent { start: rest.start, len: rest.len + new.len, blkno: rest.blkno, ..new };
+                new = Extent {
+                    start: rest.start,
+                    len: rest.len + new.len,
+                    blkno: rest.blkno,
+                    ..new
+                };
             } else {
                 insert(change, inode, rest).await?;
             }
@@ -208,7 +241,12 @@ pub async fn set(
         let left = fs.next_extent(guard, ino, new.start - 1).await?;
         if let Some(left) = left.filter(|left| left.joins(&new)) {
             remove(change, inode, left).await?;
-            new = Extent { start: left.start, len: left.len + new.len, blkno: left.blkno, ..new };
+            new = Extent {
+                start: left.start,
+                len: left.len + new.len,
+                blkno: left.blkno,
+                ..new
+            };
         }
     }
     insert(change, inode, new).await
@@ -226,11 +264,7 @@ async fn insert(change: &mut Change<'_>, inode: &mut Inode, extent: Extent) -> F
 ///
 /// # Errors
 /// If the item cache failed.
-pub async fn remove(
-    change: &mut Change<'_>,
-    inode: &mut Inode,
-    extent: Extent,
-) -> FsResult<()> {
+pub async fn remove(change: &mut Change<'_>, inode: &mut Inode, extent: Extent) -> FsResult<()> {
     change.delete(extent.key(inode.ino), extent.value()).await?;
     let (online, offline) = extent.counts();
     inode.online_blocks = inode.online_blocks.saturating_sub(online);

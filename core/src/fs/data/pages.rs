@@ -41,8 +41,6 @@ pub struct InodeData {
     segments: RefCell<BTreeMap<u64, Segment>>,
     dirty_blocks: Cell<u64>,
     writing: Cell<u32>,
-    /// Moves when anything of the file changes; what was read before is stale.
-    generation: Cell<u64>,
     pub(super) ahead: RefCell<ReadAhead>,
 }
 
@@ -75,14 +73,8 @@ impl InodeData {
         self.dirty_blocks.get()
     }
 
-    /// Generation of the file's content and mapping.
-    pub(super) fn generation(&self) -> u64 {
-        self.generation.get()
-    }
-
     /// Notes that content or mapping changed: what was read ahead is dropped.
     pub(super) fn changed(&self) {
-        self.generation.set(self.generation.get() + 1);
         self.ahead.borrow_mut().clear();
     }
 
@@ -109,7 +101,10 @@ impl InodeData {
             let to = ((end.min(start + segment.blocks()) - start) * BLOCK) as usize;
             return Ok(shared(&segment.buf).slice(from..to));
         }
-        let next = segments.range(block..).next().map_or(end, |(&start, _)| start);
+        let next = segments
+            .range(block..)
+            .next()
+            .map_or(end, |(&start, _)| start);
         Err(next.min(end))
     }
 
@@ -129,7 +124,13 @@ impl InodeData {
         while at < end {
             let block = at / BLOCK;
             if self.segment_at(block).is_none() {
-                self.add_segment(block, end.div_ceil(BLOCK), blkno + (block - first), (at, end), base);
+                self.add_segment(
+                    block,
+                    end.div_ceil(BLOCK),
+                    blkno + (block - first),
+                    (at, end),
+                    base,
+                );
             }
             let (start, stop) = self.segment_at(block).expect("just added");
             let upto = end.min(stop * BLOCK);
@@ -149,7 +150,12 @@ impl InodeData {
         (from, to): (u64, u64),
         base: &dyn Fn(u64) -> Option<IoBuf>,
     ) {
-        let next = self.segments.borrow().range(block..).next().map_or(end, |(&s, _)| s);
+        let next = self
+            .segments
+            .borrow()
+            .range(block..)
+            .next()
+            .map_or(end, |(&s, _)| s);
         let stop = next.min(end).min(block + SEGMENT_BLOCKS);
         let mut buf = AlignedBuf::zeroed(((stop - block) * BLOCK) as usize);
         let mut fill = |b: u64| {
@@ -165,7 +171,12 @@ impl InodeData {
         if to < stop * BLOCK && (last != block || from <= block * BLOCK) {
             fill(last);
         }
-        let segment = Segment { blkno, buf: Arc::new(buf), dirty: false, writing: false };
+        let segment = Segment {
+            blkno,
+            buf: Arc::new(buf),
+            dirty: false,
+            writing: false,
+        };
         self.segments.borrow_mut().insert(block, segment);
     }
 
@@ -177,7 +188,8 @@ impl InodeData {
         Arc::make_mut(&mut segment.buf)[at..at + data.len()].copy_from_slice(data);
         if !segment.dirty {
             segment.dirty = true;
-            self.dirty_blocks.set(self.dirty_blocks.get() + segment.blocks());
+            self.dirty_blocks
+                .set(self.dirty_blocks.get() + segment.blocks());
         }
     }
 
@@ -232,10 +244,14 @@ impl InodeData {
             }
             segment.dirty = false;
             segment.writing = true;
-            self.dirty_blocks.set(self.dirty_blocks.get() - segment.blocks());
+            self.dirty_blocks
+                .set(self.dirty_blocks.get() - segment.blocks());
             bytes += segment.buf.len() as u64;
-            let batch =
-                batch.get_or_insert(Batch { start, blkno: segment.blkno, bufs: Vec::new() });
+            let batch = batch.get_or_insert(Batch {
+                start,
+                blkno: segment.blkno,
+                bufs: Vec::new(),
+            });
             batch.bufs.push(segment.buf.clone());
         }
         if batch.is_some() {
@@ -256,12 +272,15 @@ impl InodeData {
             let blocks = buf.len() as u64 / BLOCK;
             let blkno = batch.blkno + (start - batch.start);
             // The segment may have been cut or replaced meanwhile.
-            let same = segments.get_mut(&start).filter(|s| s.writing && s.blkno == blkno);
+            let same = segments
+                .get_mut(&start)
+                .filter(|s| s.writing && s.blkno == blkno);
             if let Some(segment) = same {
                 segment.writing = false;
                 if !ok && !segment.dirty {
                     segment.dirty = true;
-                    self.dirty_blocks.set(self.dirty_blocks.get() + segment.blocks());
+                    self.dirty_blocks
+                        .set(self.dirty_blocks.get() + segment.blocks());
                 }
                 let tail = blocks == 1 && last == Some(start);
                 if !segment.dirty && !tail {
@@ -274,17 +293,10 @@ impl InodeData {
 
     /// Drops clean buffers: the lock that covered them goes.
     pub(super) fn drop_clean(&self) {
-        self.segments.borrow_mut().retain(|_, s| s.dirty || s.writing);
+        self.segments
+            .borrow_mut()
+            .retain(|_, s| s.dirty || s.writing);
         self.changed();
-    }
-
-    /// First dirty block at or after `block` and before `end`, for SEEK_DATA.
-    pub(super) fn first_buffered(&self, block: u64, end: u64) -> Option<u64> {
-        if self.has(block) {
-            return Some(block);
-        }
-        let segments = self.segments.borrow();
-        segments.range(block..end).next().map(|(&start, _)| start)
     }
 }
 

@@ -22,12 +22,21 @@ pub struct Hole {
 /// First block and number of blocks to ask the allocator for. Always covers
 /// `block`; never reaches an extent.
 pub fn plan(hole: Hole, policy: &Policy) -> (u64, u64) {
-    let Hole { block, wanted, region_in_use, next, online } = hole;
+    let Hole {
+        block,
+        wanted,
+        region_in_use,
+        next,
+        online,
+    } = hole;
     let limit = policy.prealloc_blocks;
     if policy.prealloc_contig_only {
         let mut count = 1;
         if block > 1 && block == online {
-            count = next.map_or(limit, |next| next - block).min(block).min(limit);
+            count = next
+                .map_or(limit, |next| next - block)
+                .min(block)
+                .min(limit);
         }
         return (block, count.max(wanted));
     }
@@ -54,5 +63,9 @@ pub fn plan(hole: Hole, policy: &Policy) -> (u64, u64) {
 /// Where an allocation of `got` blocks goes that was planned from `first`: it
 /// must cover `block`.
 pub const fn place(first: u64, got: u64, block: u64) -> u64 {
-    if first + got <= block { block - got + 1 } else { first }
+    if first + got <= block {
+        block - got + 1
+    } else {
+        first
+    }
 }

@@ -92,7 +92,11 @@ impl Fs {
                 }
             }
             let blkno = part.blkno + (at - part.start);
-            let buf = self.data.read(blkno, upto - at).await.map_err(FsError::Device)?;
+            let buf = self
+                .data
+                .read(blkno, upto - at)
+                .await
+                .map_err(FsError::Device)?;
             pieces.push(shared(&buf));
             at = upto;
         }
@@ -113,7 +117,11 @@ impl Fs {
         let window = self.data.policy().readahead_bytes / BLOCK;
         let mut ahead = state.data.ahead.borrow_mut();
         let sequential = part.start == ahead.expected || ahead.run_at(part.start).is_some();
-        ahead.streak = if sequential { ahead.streak.saturating_add(1) } else { 0 };
+        ahead.streak = if sequential {
+            ahead.streak.saturating_add(1)
+        } else {
+            0
+        };
         ahead.expected = part.end();
         if ahead.streak < STREAK || window == 0 {
             return;
@@ -130,8 +138,11 @@ impl Fs {
         // Whole requests only, so that a reader does not cause many small ones.
         while at < stop && (stop - at >= REQUEST_BLOCKS || stop == extent.end()) {
             let blocks = (stop - at).min(REQUEST_BLOCKS);
-            let run =
-                Rc::new(Run { blocks, content: RefCell::new(None), arrived: Signal::default() });
+            let run = Rc::new(Run {
+                blocks,
+                content: RefCell::new(None),
+                arrived: Signal::default(),
+            });
             ahead.runs.insert(at, run.clone());
             let store = self.data.clone();
             let blkno = extent.blkno + (at - extent.start);

@@ -61,7 +61,11 @@ impl Fs {
         let block = cut / BLOCK;
         let mut old = OldBlocks::default();
         let zeroes = !cut.is_multiple_of(BLOCK) && size != inode.size;
-        let blkno = if zeroes { self.mapped_at(locked, inode, block).await? } else { None };
+        let blkno = if zeroes {
+            self.mapped_at(locked, inode, block).await?
+        } else {
+            None
+        };
         if blkno.is_some() && !state.data.has(block) {
             self.read_raw(locked, inode, block, &mut old).await?;
         }
@@ -83,7 +87,9 @@ impl Fs {
                 && !mutant("tail_not_zeroed")
             {
                 let zeros = vec![0; (BLOCK - cut % BLOCK) as usize];
-                state.data.write(cut, &zeros, blkno, &|block| old.get(&block).cloned());
+                state
+                    .data
+                    .write(cut, &zeros, blkno, &|block| old.get(&block).cloned());
                 self.data.dirtied(&state);
             }
             state.data.drop_from(blocks_of(size));
@@ -100,7 +106,8 @@ impl Fs {
         locked: &Locked,
         inode: &mut Inode,
     ) -> FsResult<()> {
-        self.remove_extents(locked, inode, blocks_of(inode.size)).await?;
+        self.remove_extents(locked, inode, blocks_of(inode.size))
+            .await?;
         let mut change = self.change(locked, &[inode.touch(false)], false).await?;
         inode.flags &= !INODE_FLAG_TRUNCATE;
         let done = change.put_inode(inode, false).await;
@@ -126,7 +133,11 @@ impl Fs {
                     if gone.len == extent.len {
                         remove(&mut change, inode, extent).await?;
                     } else {
-                        let hole = Extent { blkno: 0, flags: 0, ..gone };
+                        let hole = Extent {
+                            blkno: 0,
+                            flags: 0,
+                            ..gone
+                        };
                         set(self, &mut change, inode, hole).await?;
                     }
                     if gone.is_mapped() {
@@ -149,8 +160,14 @@ impl Fs {
     ) -> FsResult<()> {
         if extent.end() - extent.start + extent.blkno > self.data.device_blocks() {
             let key = crate::format::Key::data_extent(0, extent.end() - 1, extent.len);
-            return Err(FsError::Corrupt { key, what: "the extent's blocks are past the device" });
+            return Err(FsError::Corrupt {
+                key,
+                what: "the extent's blocks are past the device",
+            });
         }
-        Ok(self.log.free_data(change.hold(), extent.blkno, extent.len).await?)
+        Ok(self
+            .log
+            .free_data(change.hold(), extent.blkno, extent.len)
+            .await?)
     }
 }

@@ -11,7 +11,7 @@ use super::{BLOCK, LAST_BLOCK, MAX_SIZE, blocks_of};
 use crate::env::probe;
 use crate::errno::Errno;
 use crate::format::{EXTENT_FLAG_OFFLINE, EXTENT_FLAG_UNWRITTEN, INODE_FLAG_TRUNCATE};
-use crate::locks::{LockGuard, Mode};
+use crate::locks::Mode;
 use crate::log::LogError;
 
 /// `FALLOC_FL_KEEP_SIZE`.
@@ -47,7 +47,12 @@ impl Fs {
         let locked = self.lock_inodes(&[ino], Mode::Write).await?;
         let mut inode = self.load(&locked, ino).await?;
         if !inode.is_reg() {
-            return Err(if inode.is_dir() { Errno::EISDIR } else { Errno::ENODEV }.into());
+            return Err(if inode.is_dir() {
+                Errno::EISDIR
+            } else {
+                Errno::ENODEV
+            }
+            .into());
         }
         if inode.is_retained() {
             return Err(Errno::EPERM.into());
@@ -57,12 +62,15 @@ impl Fs {
         }
         if mode & KEEP_SIZE == 0 && end > inode.size {
             let state = self.table.state(ino);
-            self.zero_old_tail(&locked, &inode, &state, u64::MAX).await?;
+            self.zero_old_tail(&locked, &inode, &state, u64::MAX)
+                .await?;
         }
         let keep_size = mode & KEEP_SIZE != 0;
         let mut at = offset / BLOCK;
         while at < blocks_of(end) {
-            at = self.fallocate_step(&locked, &mut inode, at, end, keep_size).await?;
+            at = self
+                .fallocate_step(&locked, &mut inode, at, end, keep_size)
+                .await?;
         }
         Ok(())
     }
@@ -85,7 +93,10 @@ impl Fs {
             if next >= blocks_of(end) {
                 break;
             }
-            match self.fallocate_extent(&mut change, inode, next, blocks_of(end)).await {
+            match self
+                .fallocate_extent(&mut change, inode, next, blocks_of(end))
+                .await
+            {
                 Ok(done) => next = done,
                 Err(error) if error.is_no_space() => {
                     failure = Some(error);
@@ -136,7 +147,12 @@ impl Fs {
         let count = (upto.min(stop) - block).min(self.data.policy().fallocate_step_blocks);
         let (blkno, got) = self.log.alloc_data(change.hold(), count).await?;
         let flags = flags | EXTENT_FLAG_UNWRITTEN;
-        let extent = Extent { start: block, len: got, blkno, flags };
+        let extent = Extent {
+            start: block,
+            len: got,
+            blkno,
+            flags,
+        };
         if let Err(error) = set(self, change, inode, extent).await {
             self.log.free_data(change.hold(), blkno, got).await?;
             return Err(error);
@@ -161,7 +177,10 @@ impl Fs {
         let stop = blocks_of(inode.size);
         let mut at = offset / BLOCK;
         loop {
-            let extent = self.next_extent(guard, ino, at).await?.filter(|e| e.start < stop);
+            let extent = self
+                .next_extent(guard, ino, at)
+                .await?
+                .filter(|e| e.start < stop);
             let found = match (whence, extent) {
                 (Whence::Data, None) => return Err(Errno::ENXIO.into()),
                 (Whence::Hole, None) => Some(at),
@@ -199,11 +218,16 @@ impl Fs {
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
         let guard = locked.of(ino);
         self.load_under(guard, ino).await?;
-        let stop = start.saturating_add(len).div_ceil(BLOCK).min(LAST_BLOCK + 1);
+        let stop = start
+            .saturating_add(len)
+            .div_ceil(BLOCK)
+            .min(LAST_BLOCK + 1);
         let mut found = Vec::new();
         let mut at = start / BLOCK;
         while at < stop && found.len() < max {
-            let Some(extent) = self.next_extent(guard, ino, at).await? else { break };
+            let Some(extent) = self.next_extent(guard, ino, at).await? else {
+                break;
+            };
             if extent.start >= stop {
                 break;
             }
@@ -237,11 +261,6 @@ impl Fs {
             drop(state);
             self.table.prune(number);
         }
-    }
-
-    /// Whether any file data under the group's lock is not on the device.
-    pub(in super::super) fn data_is_dirty(&self, _guard: &LockGuard, ino: Ino) -> bool {
-        self.table.in_group(ino).iter().any(|state| !state.data.is_idle())
     }
 }
 

@@ -31,7 +31,9 @@ impl Model {
         let device = &self.device;
         let old = |block: u64| -> Option<IoBuf> {
             let at = (block * BLOCK) as usize;
-            Some(Arc::new(AlignedBuf::copy_of(&device[at..at + BLOCK as usize])))
+            Some(Arc::new(AlignedBuf::copy_of(
+                &device[at..at + BLOCK as usize],
+            )))
         };
         let cut = half.clamp(offset, end);
         for (from, to) in [(offset, cut), (cut, end)] {
@@ -135,30 +137,69 @@ fn buffers_and_device_together_are_the_file() {
 }
 
 fn hole(block: u64, online: u64) -> Hole {
-    Hole { block, wanted: 1, region_in_use: false, next: None, online }
+    Hole {
+        block,
+        wanted: 1,
+        region_in_use: false,
+        next: None,
+        online,
+    }
 }
 
 #[test]
 fn streaming_writes_preallocate_what_the_file_has() {
-    let policy = Policy { prealloc_blocks: 32, ..Policy::default() };
+    let policy = Policy {
+        prealloc_blocks: 32,
+        ..Policy::default()
+    };
     assert_eq!(plan(hole(0, 0), &policy), (0, 1));
     assert_eq!(plan(hole(1, 1), &policy), (1, 1));
     assert_eq!(plan(hole(2, 2), &policy), (2, 2));
     assert_eq!(plan(hole(16, 16), &policy), (16, 16));
     assert_eq!(plan(hole(64, 64), &policy), (64, 32));
     assert_eq!(plan(hole(64, 60), &policy), (64, 1), "not streaming");
-    assert_eq!(plan(Hole { next: Some(70), ..hole(64, 64) }, &policy), (64, 6));
-    assert_eq!(plan(Hole { wanted: 40, ..hole(64, 64) }, &policy), (64, 40));
+    assert_eq!(
+        plan(
+            Hole {
+                next: Some(70),
+                ..hole(64, 64)
+            },
+            &policy
+        ),
+        (64, 6)
+    );
+    assert_eq!(
+        plan(
+            Hole {
+                wanted: 40,
+                ..hole(64, 64)
+            },
+            &policy
+        ),
+        (64, 40)
+    );
 }
 
 /// The table of spec 14 section 26 for P = 8: blocks written into a file of 12
 /// online blocks, and which region each write asks for.
 #[test]
 fn regions_are_filled_up_to_their_neighbours() {
-    let policy =
-        Policy { prealloc_blocks: 8, prealloc_contig_only: false, ..Policy::default() };
+    let policy = Policy {
+        prealloc_blocks: 8,
+        prealloc_contig_only: false,
+        ..Policy::default()
+    };
     let ask = |block, region_in_use, next, online| {
-        plan(Hole { block, wanted: 1, region_in_use, next: Some(next), online }, &policy)
+        plan(
+            Hole {
+                block,
+                wanted: 1,
+                region_in_use,
+                next: Some(next),
+                online,
+            },
+            &policy,
+        )
     };
     assert_eq!(ask(0, false, 24, 12), (0, 8));
     assert_eq!(ask(15, false, 24, 13), (8, 8));

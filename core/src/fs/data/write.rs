@@ -84,13 +84,23 @@ impl Fs {
         self.require_online(&locked, &inode, inode.size).await?;
         let state = self.table.state(ino);
         if offset > inode.size {
-            self.zero_old_tail(&locked, &inode, &state, offset / BLOCK).await?;
+            self.zero_old_tail(&locked, &inode, &state, offset / BLOCK)
+                .await?;
         }
         let old = self.old_edges(&locked, &inode, &state, offset, end).await?;
 
         let mut change = self.change(&locked, &[inode.touch(true)], true).await?;
-        let done =
-            self.write_in(&mut change, &mut inode, (offset, end), data, how, &state, &old).await;
+        let done = self
+            .write_in(
+                &mut change,
+                &mut inode,
+                (offset, end),
+                data,
+                how,
+                &state,
+                &old,
+            )
+            .await;
         let written = change.finish(done).await?;
         Ok(u32::try_from(written).expect("no more than was given"))
     }
@@ -107,7 +117,9 @@ impl Fs {
         state: &Rc<InodeState>,
         old: &OldBlocks,
     ) -> FsResult<u64> {
-        let mapped = self.map_for_write(change, inode, offset / BLOCK, blocks_of(end)).await?;
+        let mapped = self
+            .map_for_write(change, inode, offset / BLOCK, blocks_of(end))
+            .await?;
         let last = mapped.last().expect("at least one block was mapped");
         let end = end.min(last.end() * BLOCK);
         if how.kill_suidgid {
@@ -128,7 +140,9 @@ impl Fs {
             if from < to {
                 let bytes = &data[(from - offset) as usize..(to - offset) as usize];
                 let blkno = run.blkno + (from / BLOCK - run.start);
-                state.data.write(from, bytes, blkno, &|block| old.get(&block).cloned());
+                state
+                    .data
+                    .write(from, bytes, blkno, &|block| old.get(&block).cloned());
             }
         }
         self.data.dirtied(state);
@@ -177,7 +191,10 @@ impl Fs {
             if !extent.is_mapped() || extent.is_offline() {
                 return Err(offline(ino, block));
             }
-            let part = Extent { flags: 0, ..extent.part(block, stop) };
+            let part = Extent {
+                flags: 0,
+                ..extent.part(block, stop)
+            };
             if !extent.is_written() {
                 set(self, change, inode, part).await?;
             }
@@ -194,8 +211,16 @@ impl Fs {
         let (first, count) = prealloc::plan(hole, self.data.policy());
         let (blkno, got) = self.log.alloc_data(change.hold(), count).await?;
         let first = prealloc::place(first, got, block);
-        let whole = Extent { start: first, len: got, blkno, flags: EXTENT_FLAG_UNWRITTEN };
-        let part = Extent { flags: 0, ..whole.part(block, (block + hole.wanted).min(whole.end())) };
+        let whole = Extent {
+            start: first,
+            len: got,
+            blkno,
+            flags: EXTENT_FLAG_UNWRITTEN,
+        };
+        let part = Extent {
+            flags: 0,
+            ..whole.part(block, (block + hole.wanted).min(whole.end()))
+        };
         let done = async {
             if whole.len > part.len {
                 set(self, change, inode, whole).await?;
@@ -238,7 +263,9 @@ impl Fs {
             return Ok(());
         }
         let guard = locked.of(inode.ino);
-        let extents = self.extents_in(guard, inode.ino, 0, blocks_of(size)).await?;
+        let extents = self
+            .extents_in(guard, inode.ino, 0, blocks_of(size))
+            .await?;
         match extents.iter().find(|e| e.is_offline()) {
             Some(extent) => Err(offline(inode.ino, extent.start)),
             None => Ok(()),
@@ -311,7 +338,9 @@ impl Fs {
         }
         let mut old = OldBlocks::default();
         self.read_raw(locked, inode, last, &mut old).await?;
-        let Some((buf, blkno)) = old.remove(&last).zip(self.mapped_at(locked, inode, last).await?)
+        let Some((buf, blkno)) = old
+            .remove(&last)
+            .zip(self.mapped_at(locked, inode, last).await?)
         else {
             return Ok(());
         };
@@ -324,7 +353,9 @@ impl Fs {
         // sees them before the write that follows.
         let hold = self.log.hold(false).await?;
         let zeros = vec![0; BLOCK as usize - from];
-        state.data.write(inode.size, &zeros, blkno, &|_| Some(buf.clone()));
+        state
+            .data
+            .write(inode.size, &zeros, blkno, &|_| Some(buf.clone()));
         self.data.dirtied(state);
         drop(hold);
         Ok(())
@@ -337,7 +368,9 @@ impl Fs {
         inode: &Inode,
         block: u64,
     ) -> FsResult<Option<u64>> {
-        let extent = self.next_extent(locked.of(inode.ino), inode.ino, block).await?;
+        let extent = self
+            .next_extent(locked.of(inode.ino), inode.ino, block)
+            .await?;
         let extent = extent.filter(|e| e.start <= block && e.is_written());
         Ok(extent.map(|e| e.part(block, block + 1).blkno))
     }
