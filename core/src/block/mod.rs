@@ -175,3 +175,5 @@ impl Block {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod testvol;

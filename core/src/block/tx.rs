@@ -244,6 +244,19 @@ impl Tx {
             return Ok(());
         }
         let old = self.cache.read_ref(block_ref, magic).await?;
+        self.dirty_from(block_ref, &old, magic).await
+    }
+
+    /// As [`Tx::dirty_ref`], for a block that was just read (and validated).
+    ///
+    /// # Errors
+    /// `NoSpace`, `FreedFull`; then nothing changed.
+    pub async fn dirty_from(
+        &self,
+        block_ref: &mut BlockRef,
+        old: &Rc<Block>,
+        magic: Magic,
+    ) -> Result<(), BlockError> {
         let old_blkno = block_ref.blkno.get();
         if self.is_dirty(old_blkno) {
             return Ok(());
@@ -255,6 +268,14 @@ impl Tx {
         *block_ref = self.create(blkno, AlignedBuf::copy_of(old.bytes()), magic);
         self.put(old_blkno);
         Ok(())
+    }
+
+    /// Reads a block that is dirty here. `f` must not use the cache.
+    ///
+    /// # Panics
+    /// If the block is not dirty in this transaction.
+    pub fn view<R>(&self, blkno: u64, f: impl FnOnce(&[u8]) -> R) -> R {
+        f(&self.cache.dirty_buf(blkno, self.id))
     }
 
     /// Changes a block that is dirty here. `f` must not use the cache.
@@ -406,7 +427,8 @@ impl Tx {
         Box::pin(async move { write.await.map_err(|err| BlockError::device(blkno, err)) })
     }
 
-    fn check_range(&self, blkno: u64) -> Result<(), BlockError> {
+    /// Whether a block is one of the volume's.
+    pub(crate) fn check_range(&self, blkno: u64) -> Result<(), BlockError> {
         let total = self.cache.total_blocks();
         if (META_DEV_START_BLKNO..total).contains(&blkno) {
             return Ok(());
