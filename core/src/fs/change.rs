@@ -251,18 +251,19 @@ impl Fs {
             }
         };
         for touch in touched {
-            if touch.deletes {
-                touch.meta_seq.map(|old| add(Scope::MetaSeq(old)));
-                touch.data_seq.map(|old| add(Scope::DataSeq(old)));
-                continue;
-            }
-            if touch.meta_seq != Some(seq) {
+            let sets_meta = !touch.deletes && touch.meta_seq != Some(seq);
+            let sets_data = touch.sets_data && touch.data_seq != Some(seq);
+            if sets_meta {
                 add(Scope::MetaSeq(seq));
-                touch.meta_seq.map(|old| add(Scope::MetaSeq(old)));
             }
-            if touch.sets_data && touch.data_seq != Some(seq) {
+            if sets_data {
                 add(Scope::DataSeq(seq));
-                touch.data_seq.map(|old| add(Scope::DataSeq(old)));
+            }
+            if let (true, Some(old)) = (sets_meta || touch.deletes, touch.meta_seq) {
+                add(Scope::MetaSeq(old));
+            }
+            if let (true, Some(old)) = (sets_data || touch.deletes, touch.data_seq) {
+                add(Scope::DataSeq(old));
             }
         }
         // Scope orders all meta_seq groups before all data_seq groups, as keys do.

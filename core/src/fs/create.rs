@@ -34,13 +34,9 @@ pub(super) struct New<'a> {
     pub open: Option<bool>,
 }
 
-/// What came of it.
-pub(super) enum Made {
-    /// A new inode, and `revocations` from before its directory was read.
-    New(Inode, u64),
-    /// The name exists.
-    Exists,
-}
+/// A new inode, and `revocations` from before its directory was read; `None` if
+/// the name exists.
+pub(super) type Made = Option<(Inode, u64)>;
 
 impl New<'_> {
     fn kind(&self) -> PoolKind {
@@ -68,7 +64,7 @@ impl Fs {
     /// Makes an inode with a name.
     ///
     /// # Errors
-    /// EEXIST is not among them: see [`Made::Exists`].
+    /// EEXIST is not among them: then there is no inode.
     pub(super) async fn make(
         &self,
         cx: &Caller,
@@ -89,7 +85,7 @@ impl Fs {
             .await?
             .is_some()
         {
-            return Ok(Made::Exists);
+            return Ok(None);
         }
         let (mut inode, acls) = self.prepare(cx, &locked, &dir, ino, new).await?;
         let touched = [dir.touch(false), Touch::new_inode(inode.is_reg())];
@@ -115,7 +111,7 @@ impl Fs {
             self.table.close(ino, write);
         }
         done?;
-        Ok(Made::New(inode, before))
+        Ok(Some((inode, before)))
     }
 
     /// Makes a file without a name, open (spec 12 section 16).

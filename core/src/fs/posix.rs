@@ -75,10 +75,8 @@ impl Fs {
 
     /// The entry of something made, EEXIST if it existed.
     fn made(&self, made: Made) -> FsResult<Entry> {
-        match made {
-            Made::New(inode, before) => Ok(self.entry(&inode, before)),
-            Made::Exists => Err(Errno::EEXIST.into()),
-        }
+        let (inode, before) = made.ok_or(Errno::EEXIST)?;
+        Ok(self.entry(&inode, before))
     }
 
     async fn do_create(
@@ -90,13 +88,13 @@ impl Fs {
         flags: u32,
     ) -> FsResult<(Entry, Opened)> {
         loop {
-            match self.make(cx, parent, name, new).await? {
-                Made::New(inode, before) => {
-                    return Ok((self.entry(&inode, before), self.opened(flags)));
-                }
-                Made::Exists if flags & O_EXCL != 0 => return Err(Errno::EEXIST.into()),
-                Made::Exists => probe("fs.create_found_existing"),
+            if let Some((inode, before)) = self.make(cx, parent, name, new).await? {
+                return Ok((self.entry(&inode, before), self.opened(flags)));
             }
+            if flags & O_EXCL != 0 {
+                return Err(Errno::EEXIST.into());
+            }
+            probe("fs.create_found_existing");
             // Another node, or task, was first: its file is opened.
             let entry = match self.do_lookup(parent, name).await {
                 Ok(entry) => entry,
