@@ -97,8 +97,8 @@ impl Registry {
         data: &Path,
     ) -> io::Result<Registered> {
         let pid = std::process::id();
-        let start_time = start_time_of(pid)?
-            .ok_or_else(|| io::Error::other("this process is not in /proc"))?;
+        let start_time =
+            start_time_of(pid)?.ok_or_else(|| io::Error::other("this process is not in /proc"))?;
         let record = Record {
             rid: format!("{rid:016x}"),
             fsid: format!("{fsid:016x}"),
@@ -153,7 +153,9 @@ fn user_state_dir() -> io::Result<PathBuf> {
 }
 
 fn boot_id() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+        .trim()
+        .to_owned())
 }
 
 /// When a process started, in clock ticks since boot; `None` if there is none.
@@ -168,7 +170,9 @@ fn start_time_of(pid: u32) -> io::Result<Option<u64>> {
     // The name in parentheses may hold anything; field 22 is the 20th after it.
     let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
     let field = rest.split(' ').nth(19).and_then(|text| text.parse().ok());
-    field.map(Some).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not readable")))
+    field
+        .map(Some)
+        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not readable")))
 }
 
 /// What is known of a mount's process.
@@ -199,9 +203,14 @@ fn judge(record: &Record, rid: u64) -> io::Result<Verdict> {
         }
     }
     if start_time_of(record.pid)? == Some(record.start_time) {
-        return Ok(Verdict::Alive(format!("process {} still exists", record.pid)));
+        return Ok(Verdict::Alive(format!(
+            "process {} still exists",
+            record.pid
+        )));
     }
-    Ok(Verdict::Gone("its process ended and its devices are closed"))
+    Ok(Verdict::Gone(
+        "its process ended and its devices are closed",
+    ))
 }
 
 /// Proves that a mount's process on this host is gone.
@@ -220,7 +229,9 @@ impl LocalAgent {
     async fn prove(registry: Registry, fsid: u64, env: Env, rid: u64) -> Result<(), FenceError> {
         let failed = |detail: String| FenceError::Failed { rid, detail };
         for poll in 0..PATIENCE_POLLS {
-            let record = registry.find(fsid, rid).map_err(|e| failed(e.to_string()))?;
+            let record = registry
+                .find(fsid, rid)
+                .map_err(|e| failed(e.to_string()))?;
             let Some(record) = record else {
                 return Err(failed(
                     "there is no record of it on this host, so it may run on another; \
@@ -235,7 +246,11 @@ impl LocalAgent {
                     return Ok(());
                 }
                 Verdict::Alive(why) if poll % 50 == 0 => {
-                    tracing::warn!(rid = format_args!("{rid:016x}"), why, "waiting for a mount to end");
+                    tracing::warn!(
+                        rid = format_args!("{rid:016x}"),
+                        why,
+                        "waiting for a mount to end"
+                    );
                 }
                 Verdict::Alive(_) => {}
             }
@@ -251,7 +266,12 @@ impl FenceAgent for LocalAgent {
         env: &Env,
         request: FenceRequest,
     ) -> LocalBoxFuture<'static, Result<(), FenceError>> {
-        Box::pin(Self::prove(self.registry.clone(), self.fsid, env.clone(), request.rid))
+        Box::pin(Self::prove(
+            self.registry.clone(),
+            self.fsid,
+            env.clone(),
+            request.rid,
+        ))
     }
 }
 

@@ -94,9 +94,26 @@ impl Default for MountOptions {
 
 /// Options that go to mount(2) or mean nothing to a daemon.
 const PASSED: [&str; 20] = [
-    "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "diratime",
-    "nodiratime", "relatime", "norelatime", "strictatime", "sync", "async", "dirsync", "auto",
-    "noauto", "nofail", "_netdev",
+    "suid",
+    "nosuid",
+    "dev",
+    "nodev",
+    "exec",
+    "noexec",
+    "atime",
+    "noatime",
+    "diratime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "sync",
+    "async",
+    "dirsync",
+    "auto",
+    "noauto",
+    "nofail",
+    "_netdev",
 ];
 
 impl MountOptions {
@@ -163,7 +180,10 @@ impl MountOptions {
             ("fence", Some("local")) => self.fence = FenceChoice::Local,
             ("fence", Some("assume-dead")) => self.fence = FenceChoice::AssumeDead,
             ("fence", _) => {
-                return Err(OptionError::Value(name.into(), "is local or assume-dead".into()));
+                return Err(OptionError::Value(
+                    name.into(),
+                    "is local or assume-dead".into(),
+                ));
             }
             ("ro", None) => self.read_only = true,
             ("rw" | "defaults", None) => {}
@@ -223,7 +243,10 @@ mod tests {
         let options = MountOptions::parse(text).unwrap();
         assert_eq!(options.quorum_slot, Some(0));
         assert!(!options.acl);
-        assert_eq!((options.data_prealloc_blocks, options.ino_alloc_per_lock), (16, 8));
+        assert_eq!(
+            (options.data_prealloc_blocks, options.ino_alloc_per_lock),
+            (16, 8)
+        );
         assert_eq!(options.heartbeat_timeout, Duration::from_millis(3000));
         assert_eq!(options.flags, ["nosuid"]);
     }
@@ -234,9 +257,18 @@ mod tests {
             ("quorum_slot_nr=0", "metadev_path"),
             ("metadev_path=x,nonsense", "nonsense"),
             ("metadev_path=x,quorum_slot_nr=15", "quorum_slot_nr"),
-            ("metadev_path=x,quorum_slot_nr=1,quorum_slot_nr=1", "quorum_slot_nr"),
-            ("metadev_path=x,tcp_keepalive_timeout_ms=3000", "tcp_keepalive_timeout_ms"),
-            ("metadev_path=x,data_prealloc_blocks=0", "data_prealloc_blocks"),
+            (
+                "metadev_path=x,quorum_slot_nr=1,quorum_slot_nr=1",
+                "quorum_slot_nr",
+            ),
+            (
+                "metadev_path=x,tcp_keepalive_timeout_ms=3000",
+                "tcp_keepalive_timeout_ms",
+            ),
+            (
+                "metadev_path=x,data_prealloc_blocks=0",
+                "data_prealloc_blocks",
+            ),
             ("metadev_path=x,data_prealloc_blocks=ten", "ten"),
             ("metadev_path=x,acl=1", "acl"),
             ("metadev_path=x,fence=maybe", "fence"),
