@@ -24,6 +24,9 @@ pub mod merge_worker;
 mod trans;
 mod tree;
 
+#[cfg(test)]
+mod tests;
+
 pub use cache::CacheStats;
 pub use error::{LogError, ServerError};
 pub use trans::Hold;
