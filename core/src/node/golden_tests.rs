@@ -75,8 +75,10 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn nanos(time: WallTime) -> i64 {
-    time.sec * 1_000_000_000 + i64::from(time.nsec)
+/// Nanoseconds as the manifest's numbers are read: far times do not fit an i64.
+fn nanos(time: WallTime) -> Value {
+    let nanos = i128::from(time.sec) * 1_000_000_000 + i128::from(time.nsec);
+    serde_json::from_str(&nanos.to_string()).expect("a number")
 }
 
 struct Walker {
@@ -164,8 +166,8 @@ impl Walker {
         seen.insert("size", attr.size.into());
         seen.insert("nlink", attr.nlink.into());
         seen.insert("blocks", attr.blocks.into());
-        seen.insert("mtime_ns", nanos(attr.mtime).into());
-        seen.insert("ctime_ns", nanos(attr.ctime).into());
+        seen.insert("mtime_ns", nanos(attr.mtime));
+        seen.insert("ctime_ns", nanos(attr.ctime));
         let kind = match attr.mode & 0o170_000 {
             0o100_000 => "reg",
             0o040_000 => "dir",
@@ -189,7 +191,7 @@ impl Walker {
             seen.insert("data_version", inode.data_version.into());
             seen.insert("online_blocks", inode.online_blocks.into());
             seen.insert("offline_blocks", inode.offline_blocks.into());
-            seen.insert("crtime_ns", nanos(inode.crtime).into());
+            seen.insert("crtime_ns", nanos(inode.crtime));
             seen.insert("retention", u32::from(inode.is_retained()).into());
             seen.insert("project_id", inode.proj.into());
         }
