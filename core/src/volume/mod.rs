@@ -5,11 +5,13 @@
 //! simulator and the tests run the same code. Reading trusts nothing: every
 //! block is verified and every offset checked.
 
+pub mod check;
 mod error;
 mod mkfs;
 mod offline;
 mod superblock;
 
+pub use check::{CheckOptions, Report, check};
 pub use error::VolumeError;
 pub use mkfs::{
     MIN_DATA_BLOCKS, MIN_DEVICE_BYTES, MIN_META_BLOCKS, MkfsOptions, MkfsSummary, mkfs, plan_mkfs,

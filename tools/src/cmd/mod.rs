@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod change_format_version;
 pub mod change_quorum_config;
+pub mod check;
 pub mod completions;
 pub mod man;
 pub mod mkfs;
@@ -18,6 +19,8 @@ use std::process::ExitCode;
 pub enum Command {
     /// Make a volume on two devices
     Mkfs(mkfs::Args),
+    /// Check every invariant of a volume
+    Check(check::Args),
     /// Raise the format version of an unmounted volume
     ChangeFormatVersion(change_format_version::Args),
     /// Replace the quorum slots of an unmounted volume
@@ -37,6 +40,7 @@ impl Command {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Mkfs(_) => "mkfs",
+            Self::Check(_) => "check",
             Self::ChangeFormatVersion(_) => "change-format-version",
             Self::ChangeQuorumConfig(_) => "change-quorum-config",
             Self::PrepareEmptyDataDevice(_) => "prepare-empty-data-device",
@@ -50,6 +54,7 @@ impl Command {
     pub fn run(self) -> Result<ExitCode, CmdError> {
         match self {
             Self::Mkfs(args) => done(args.run()),
+            Self::Check(args) => args.run(),
             Self::ChangeFormatVersion(args) => done(args.run()),
             Self::ChangeQuorumConfig(args) => done(args.run()),
             Self::PrepareEmptyDataDevice(args) => done(args.run()),
