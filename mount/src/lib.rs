@@ -1,12 +1,31 @@
-//! The FUSE front: requests in, invalidations out, actors on threads; and what a
-//! mount needs of its host: options, a record of itself, fence agents.
+//! The FUSE front: requests in, answers and invalidations out; and what a
+//! mount needs of its host.
+//!
+//! * [`session`] reads requests and polls each one's future once in place;
+//! * [`notify`] tells the kernel what to forget;
+//! * [`kernel`] makes and ends the mount;
+//! * [`options`] are what a mount is told;
+//! * [`fence`] records mounts on this host and proves that one is gone.
+//!
+//! What can go wrong is told at the head of each.
 
+// This crate faces the real kernel: threads, clocks and hash maps are its business.
 #![allow(
     clippy::disallowed_types,
     clippy::disallowed_methods,
-    clippy::disallowed_macros,
-    reason = "this crate faces the real machine"
+    clippy::disallowed_macros
 )]
 
+pub mod abi;
 pub mod fence;
+pub mod ioctl;
+pub mod kernel;
+pub mod notify;
 pub mod options;
+pub mod reply;
+pub mod request;
+mod serve;
+pub mod session;
+
+pub use notify::Notifier;
+pub use session::{Agreed, Ended, Session, SessionOptions};
