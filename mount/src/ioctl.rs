@@ -109,7 +109,13 @@ pub(crate) async fn serve<P: Posix>(
 fn call(file: &impl AsFd, command: u32, arg: *mut u8) -> io::Result<()> {
     // SAFETY: `arg` points to as many bytes as the command's size bits say, or
     // is not used by the command.
-    let res = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::c_ulong::from(command) as _, arg) };
+    let res = unsafe {
+        libc::ioctl(
+            file.as_fd().as_raw_fd(),
+            libc::c_ulong::from(command) as _,
+            arg,
+        )
+    };
     if res < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -2,8 +2,8 @@
 
 use crate::abi;
 use outrider_core::env::Duration;
-use outrider_core::fs::api::{Attr, DirEntry, Entry, Opened, SetAttr, SetTime, StatFs};
 use outrider_core::env::WallTime;
+use outrider_core::fs::api::{Attr, DirEntry, Entry, Opened, SetAttr, SetTime, StatFs};
 use zerocopy::IntoBytes;
 
 /// What the session may promise the kernel.

@@ -40,39 +40,96 @@ pub enum ParseError {
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)] // named after the kernel's requests and fields
 pub enum Op<'a> {
-    Lookup { name: &'a [u8] },
-    Forget { nlookup: u64 },
-    BatchForget { list: &'a [u8] },
+    Lookup {
+        name: &'a [u8],
+    },
+    Forget {
+        nlookup: u64,
+    },
+    BatchForget {
+        list: &'a [u8],
+    },
     Getattr,
     Statx,
     Setattr(abi::SetattrIn),
     Readlink,
-    Symlink { name: &'a [u8], target: &'a [u8] },
-    Mknod { args: abi::MknodIn, name: &'a [u8] },
-    Mkdir { args: abi::MkdirIn, name: &'a [u8] },
-    Unlink { name: &'a [u8] },
-    Rmdir { name: &'a [u8] },
-    Rename { newdir: u64, flags: u32, name: &'a [u8], new_name: &'a [u8] },
-    Link { oldnodeid: u64, name: &'a [u8] },
+    Symlink {
+        name: &'a [u8],
+        target: &'a [u8],
+    },
+    Mknod {
+        args: abi::MknodIn,
+        name: &'a [u8],
+    },
+    Mkdir {
+        args: abi::MkdirIn,
+        name: &'a [u8],
+    },
+    Unlink {
+        name: &'a [u8],
+    },
+    Rmdir {
+        name: &'a [u8],
+    },
+    Rename {
+        newdir: u64,
+        flags: u32,
+        name: &'a [u8],
+        new_name: &'a [u8],
+    },
+    Link {
+        oldnodeid: u64,
+        name: &'a [u8],
+    },
     Open(abi::OpenIn),
     Opendir(abi::OpenIn),
-    Create { args: abi::CreateIn, name: &'a [u8] },
-    Tmpfile { args: abi::CreateIn },
+    Create {
+        args: abi::CreateIn,
+        name: &'a [u8],
+    },
+    Tmpfile {
+        args: abi::CreateIn,
+    },
     Read(abi::ReadIn),
-    Write { args: abi::WriteIn, data: &'a [u8] },
-    Readdir { args: abi::ReadIn, plus: bool },
+    Write {
+        args: abi::WriteIn,
+        data: &'a [u8],
+    },
+    Readdir {
+        args: abi::ReadIn,
+        plus: bool,
+    },
     Statfs,
     Release(abi::ReleaseIn),
     Releasedir(abi::ReleaseIn),
     Fsync(abi::FsyncIn),
-    Setxattr { flags: u32, name: &'a [u8], value: &'a [u8] },
-    Getxattr { size: u32, name: &'a [u8] },
-    Listxattr { size: u32 },
-    Removexattr { name: &'a [u8] },
-    Init { args: abi::InitIn, flags2: u32 },
-    Interrupt { unique: u64 },
+    Setxattr {
+        flags: u32,
+        name: &'a [u8],
+        value: &'a [u8],
+    },
+    Getxattr {
+        size: u32,
+        name: &'a [u8],
+    },
+    Listxattr {
+        size: u32,
+    },
+    Removexattr {
+        name: &'a [u8],
+    },
+    Init {
+        args: abi::InitIn,
+        flags2: u32,
+    },
+    Interrupt {
+        unique: u64,
+    },
     Destroy,
-    Ioctl { args: abi::IoctlIn, data: &'a [u8] },
+    Ioctl {
+        args: abi::IoctlIn,
+        data: &'a [u8],
+    },
     Fallocate(abi::FallocateIn),
     Lseek(abi::LseekIn),
     Syncfs,
@@ -99,8 +156,8 @@ struct Body<'a> {
 
 impl<'a> Body<'a> {
     fn take<T: FromBytes>(&mut self) -> Result<T, ParseError> {
-        let (value, rest) = T::read_from_prefix(self.rest)
-            .map_err(|_| ParseError::Short { name: self.name })?;
+        let (value, rest) =
+            T::read_from_prefix(self.rest).map_err(|_| ParseError::Short { name: self.name })?;
         self.rest = rest;
         Ok(value)
     }

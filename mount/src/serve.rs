@@ -165,11 +165,7 @@ pub(crate) fn write<P: Posix + 'static>(
         session: Rc::clone(session),
         unique: header.unique,
     };
-    let (cx, ino, posix) = (
-        caller(header, Vec::new()),
-        header.nodeid,
-        Rc::clone(posix),
-    );
+    let (cx, ino, posix) = (caller(header, Vec::new()), header.nodeid, Rc::clone(posix));
     let flags = args.flags as i32;
     let how = WriteHow {
         from_pages: args.write_flags & abi::WRITE_CACHE != 0,

@@ -418,7 +418,11 @@ impl Session {
         }
         let (agreed, out) = negotiate(args, flags2, &self.options);
         self.agreed.set(agreed);
-        tracing::debug!(minor = agreed.minor, flags = agreed.flags, "agreed with the kernel");
+        tracing::debug!(
+            minor = agreed.minor,
+            flags = agreed.flags,
+            "agreed with the kernel"
+        );
         self.answer(unique, Ok(()), &[out.as_bytes()]);
         self.ready.open();
     }
