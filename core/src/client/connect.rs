@@ -5,9 +5,7 @@
 //! greeting are bounded; after the greeting the transport's keepalive is.
 
 use super::{ClientError, Incoming, Inner, Life, LocateError};
-use crate::env::{
-    Either, NetError, Stream, StreamReader, StreamWriter, probe, race, timeout,
-};
+use crate::env::{Either, NetError, Stream, StreamReader, StreamWriter, probe, race, timeout};
 use crate::errno::Errno;
 use crate::format::{
     Key, NET_GREETING_FLAG_FAREWELL, NET_GREETING_FLAG_QUORUM, NET_LOCK_MAX_RECOVER_NR, NetCmd,

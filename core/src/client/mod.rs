@@ -271,9 +271,7 @@ impl Client {
     /// # Errors
     /// If severed.
     pub fn lock(&self, lock: &NetLock) -> Result<(), ClientError> {
-        self.inner
-            .submit(NetCmd::Lock, lock.as_bytes())
-            .map(|_| ())
+        self.inner.submit(NetCmd::Lock, lock.as_bytes()).map(|_| ())
     }
 
     /// Gets up to `count` new inode numbers: first number and how many.
@@ -282,9 +280,7 @@ impl Client {
     /// As [`ClientError`]; [`ClientError::Inodes`] if there are none.
     pub async fn alloc_inodes(&self, count: u64) -> Result<(u64, u64), ClientError> {
         let count = U64::new(count);
-        let got: NetInodeAlloc = self
-            .ask_for(NetCmd::AllocInodes, count.as_bytes())
-            .await?;
+        let got: NetInodeAlloc = self.ask_for(NetCmd::AllocInodes, count.as_bytes()).await?;
         match (got.ino.get(), got.nr.get()) {
             (_, 0) => Err(ClientError::Inodes(Errno::ENOSPC)),
             (ino, nr) if ino.checked_add(nr - 1).is_none() => {
@@ -463,3 +459,6 @@ impl Client {
         Box::pin(async move { inner.evicted.wait().await })
     }
 }
+
+#[cfg(test)]
+mod tests;

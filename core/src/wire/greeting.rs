@@ -106,7 +106,7 @@ pub fn judge_request(
 pub enum Attach {
     /// There was none: make one.
     New,
-    /// The client never heard of the one there is: free it and make one.
+    /// The client has nothing to do with the one there is: free it and make one.
     Replace,
     /// The socket takes the session over.
     Move,
@@ -114,13 +114,27 @@ pub enum Attach {
     Refuse,
 }
 
-/// Decides how a socket is attached (spec 08 section 4, server step 6). `current`
-/// is the id of the greeting that attached the client's session, if it has one,
-/// `id` that of this greeting: the larger, the more recent.
-pub fn decide(current: Option<u64>, id: u64, greeting: &GreetingInfo) -> Attach {
+/// The session that a client has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Current {
+    /// Id of the greeting that attached it: the larger, the more recent.
+    pub greeting_id: u64,
+    /// Whether anything but greetings was received on it.
+    pub used: bool,
+}
+
+/// Decides how a socket with greeting `id` is attached (spec 08 section 4, server
+/// step 6).
+///
+/// A client that names another term, or none, never saw this server's answer. Then
+/// a session that is unused was made for a greeting whose answer was lost: it is
+/// kept, with whatever was queued for the client meanwhile (13.4). A used one is of
+/// a time before the client went to another server and came back: it is replaced,
+/// since the client started its numbers again.
+pub fn decide(current: Option<Current>, id: u64, greeting: &GreetingInfo) -> Attach {
     match current {
-        Some(newer) if newer >= id => Attach::Refuse,
-        Some(_) if greeting.client_term == 0 => Attach::Replace,
+        Some(current) if current.greeting_id >= id => Attach::Refuse,
+        Some(current) if greeting.first_contact && current.used => Attach::Replace,
         Some(_) => Attach::Move,
         None if greeting.first_contact || greeting.farewell => Attach::New,
         None => Attach::Refuse,
@@ -145,17 +159,24 @@ mod tests {
         }
     }
 
+    fn current(greeting_id: u64, used: bool) -> Option<Current> {
+        Some(Current { greeting_id, used })
+    }
+
     #[test]
     fn the_table_of_who_is_what() {
         for farewell in [false, true] {
-            assert_eq!(decide(None, 3, &greeting(0, farewell)), Attach::New);
-            assert_eq!(decide(None, 3, &greeting(6, farewell)), Attach::New);
-            assert_eq!(decide(Some(2), 3, &greeting(0, farewell)), Attach::Replace);
-            assert_eq!(decide(Some(2), 3, &greeting(TERM, farewell)), Attach::Move);
-            assert_eq!(decide(Some(2), 3, &greeting(6, farewell)), Attach::Move);
-            for late in [3, 4] {
-                for term in [0, 6, TERM] {
-                    let got = decide(Some(late), 3, &greeting(term, farewell));
+            for other in [0, 6] {
+                let greeting = greeting(other, farewell);
+                assert_eq!(decide(None, 3, &greeting), Attach::New);
+                assert_eq!(decide(current(2, false), 3, &greeting), Attach::Move);
+                assert_eq!(decide(current(2, true), 3, &greeting), Attach::Replace);
+            }
+            for used in [false, true] {
+                let same = greeting(TERM, farewell);
+                assert_eq!(decide(current(2, used), 3, &same), Attach::Move);
+                for (late, term) in [(3, 0), (3, 6), (4, TERM)] {
+                    let got = decide(current(late, used), 3, &greeting(term, farewell));
                     assert_eq!(got, Attach::Refuse);
                 }
             }

@@ -397,7 +397,13 @@ impl Inner {
     /// All in one step: nothing can be sent to the rid in between (13.8).
     fn attach(&self, id: u64, info: &GreetingInfo) -> Option<Attached> {
         let old = self.session(info.rid).ok();
-        let current = old.as_ref().map(|s| s.state.borrow().greeting_id);
+        let current = old.as_ref().map(|session| {
+            let state = session.state.borrow();
+            greeting::Current {
+                greeting_id: state.greeting_id,
+                used: state.conn.recv_seq() > 0,
+            }
+        });
         let (session, is_new) = match (greeting::decide(current, id, info), old) {
             (Attach::Refuse, _) => {
                 probe("greeting_refused_stale");
