@@ -8,13 +8,14 @@ mod model;
 use model::{Model, Node};
 use outrider_core::env::testing::{TestEntropy, TestWorld};
 use outrider_core::env::testnet::{TestNet, TestNetHandle};
-use outrider_core::env::{Entropy, Env, Gate, LocalBoxFuture};
+use outrider_core::env::{Duration, Entropy, Env, Gate, LocalBoxFuture};
 use outrider_core::errno::Errno as E;
 use outrider_core::fs::Fs;
 use outrider_core::fs::api::{Caller, Inval, KernelCache, Posix, SetAttr, WriteHow, XattrSet};
 use outrider_core::node::{Mount, NodeConfig};
 use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
 use outrider_core::volume::{MkfsOptions, mkfs};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -46,7 +47,8 @@ impl FenceAgent for AssumeDead {
 }
 
 /// What a path shows: type and link count, contents or names, xattrs.
-type Shown = BTreeMap<String, (bool, u32, Vec<u8>, BTreeMap<String, Vec<u8>>)>;
+type Node4 = (bool, u32, Vec<u8>, BTreeMap<String, Vec<u8>>);
+type Shown = BTreeMap<String, Node4>;
 
 struct Mounted {
     world: TestWorld,
@@ -55,6 +57,28 @@ struct Mounted {
 
 fn network() -> Rc<TestNetHandle> {
     Rc::new(TestNetHandle(Rc::new(TestNet::default())))
+}
+
+/// Defaults, or small values that make rare things common.
+fn config(rng: &TestEntropy) -> NodeConfig {
+    let mut config = NodeConfig::new(Some(0), Arc::new(AssumeDead));
+    if rng.chance(1, 2) {
+        config.log = outrider_core::log::Policy::small();
+    }
+    let fs = &mut config.fs;
+    if rng.chance(1, 2) {
+        fs.inode_batch = rng.range(1, 100);
+        fs.inodes_per_lock = rng.range(1, 1025);
+        fs.readdir_batch = rng.range(1, 5) as usize;
+    }
+    if rng.chance(1, 2) {
+        fs.data.prealloc_blocks = rng.range(1, 40);
+        fs.data.prealloc_contig_only = rng.chance(1, 2);
+        fs.data.writeback_bytes = rng.range(4096, 100_000);
+        fs.data.dirty_bytes_max = rng.range(4096, 100_000);
+        fs.data.extents_per_change = rng.range(1, 4) as usize;
+    }
+    config
 }
 
 impl Mounted {
@@ -75,7 +99,9 @@ impl Mounted {
 
     fn over(world: TestWorld) -> Self {
         let env = world.env();
-        let config = NodeConfig::new(Some(0), Arc::new(AssumeDead));
+        let config = config(&world.entropy);
+        world.meta.set_yields(world.entropy.chance(1, 2));
+        world.data.set_yields(world.entropy.chance(1, 2));
         let rid = world.entropy.rid();
         let mount = world.block_on(async {
             Mount::start(&env, rid, config, Rc::new(NoKernel), &Gate::default())
@@ -138,9 +164,29 @@ impl Mounted {
             .collect()
     }
 
-    fn shown(&self) -> Shown {
-        let mut shown = Shown::new();
+    fn inos(&self) -> BTreeMap<String, u64> {
+        let mut inos = BTreeMap::new();
         let mut todo = vec![(String::new(), 1)];
+        let fs = self.fs();
+        while let Some((path, ino)) = todo.pop() {
+            let mut sink = |e: outrider_core::fs::api::DirEntry| {
+                let name = String::from_utf8(e.name.to_vec()).unwrap();
+                todo.push((format!("{path}/{name}"), e.ino));
+                true
+            };
+            let _ = self.run(fs.readdir(&ROOT, ino, 0, 2, false, &mut sink));
+            inos.insert(path, ino);
+        }
+        inos
+    }
+
+    fn shown(&self) -> Shown {
+        self.shown_below(1)
+    }
+
+    fn shown_below(&self, root: u64) -> Shown {
+        let mut shown = Shown::new();
+        let mut todo = vec![(String::new(), root)];
         let fs = self.fs();
         while let Some((path, ino)) = todo.pop() {
             let (attr, _) = self.run(fs.getattr(&ROOT, ino)).unwrap();
@@ -164,7 +210,7 @@ impl Mounted {
 
 fn shown(model: &Model) -> Shown {
     let mut shown = Shown::new();
-    let mut todo = vec![(String::new(), 1)];
+    let mut todo = vec![(String::new(), model.root)];
     while let Some((path, ino)) = todo.pop() {
         let node = &model.nodes[&ino];
         for (name, child) in node.children.iter().flatten() {
@@ -177,29 +223,59 @@ fn shown(model: &Model) -> Shown {
     shown
 }
 
+/// Compares what is there with what should be, and names the first difference.
+fn same(found: &Shown, expected: &Shown) {
+    let (a, b): (Vec<_>, Vec<_>) = (found.keys().collect(), expected.keys().collect());
+    assert_eq!(a, b);
+    for (path, node) in found {
+        let want = &expected[path];
+        assert_eq!(
+            (node.0, node.1, node.2.len()),
+            (want.0, want.1, want.2.len()),
+            "{path}"
+        );
+        assert_eq!(node.3, want.3, "xattrs of {path}");
+        let differs = node
+            .2
+            .iter()
+            .zip(&want.2)
+            .enumerate()
+            .filter(|(_, (a, b))| a != b);
+        let at: Vec<usize> = differs.map(|(at, _)| at).collect();
+        if let (Some(first), Some(last)) = (at.first(), at.last()) {
+            let bytes = (node.2[*first], want.2[*first]);
+            panic!(
+                "{path}: {} bytes of {} differ in {first}..={last}, there {bytes:?}",
+                at.len(),
+                node.2.len()
+            );
+        }
+    }
+}
+
+fn contents(model: &Model) -> BTreeMap<u64, Vec<u8>> {
+    let data = |(ino, node): (&u64, &Node)| (*ino, node.data.clone());
+    model.nodes.iter().map(data).collect()
+}
+
+/// Random operations below one directory, and what they must come to.
 struct Walk {
-    m: Option<Mounted>,
+    fs: Rc<Fs>,
     model: Model,
     rng: Rc<TestEntropy>,
     handles: Vec<(u64, u64)>,
-    /// States since the last sync, that one first.
-    since: Vec<Shown>,
+    synced: bool,
 }
 
 impl Walk {
-    fn new(seed: u64) -> Self {
-        let model = Model::new();
+    fn new(fs: Rc<Fs>, root: u64, seed: u64) -> Self {
         Self {
-            m: Some(Mounted::make(seed)),
-            since: vec![shown(&model)],
-            model,
+            fs,
+            model: Model::rooted(root),
             rng: TestEntropy::new(seed ^ 0x5eed),
             handles: Vec::new(),
+            synced: false,
         }
-    }
-
-    fn m(&self) -> &Mounted {
-        self.m.as_ref().unwrap()
     }
 
     fn below(&self, n: u64) -> u64 {
@@ -234,22 +310,23 @@ impl Walk {
         }
     }
 
-    fn step(&mut self) {
-        let fs = self.m().fs();
+    async fn step(&mut self) {
+        self.synced = false;
+        let fs = self.fs.clone();
         let dir = self.pick(true).unwrap();
         let name = self.name();
         let bytes = name.as_bytes();
         match self.below(14) {
             0 | 1 => {
                 let want = self.model.parent_for_new(dir, &name).map(|()| true);
-                let got = self.m().run(fs.mkdir(&ROOT, dir, bytes, 0o755, 0));
+                let got = fs.mkdir(&ROOT, dir, bytes, 0o755, 0).await;
                 if Self::agree(&got, want) {
                     self.model.add(dir, &name, got.unwrap().attr.ino, true);
                 }
             }
             2..=4 => {
                 let want = self.model.parent_for_new(dir, &name).map(|()| true);
-                let got = self.m().run(fs.create(&ROOT, dir, bytes, 0o644, 0, 0o302));
+                let got = fs.create(&ROOT, dir, bytes, 0o644, 0, 0o302).await;
                 if Self::agree(&got, want) {
                     let (entry, opened) = got.unwrap();
                     let ino = entry.attr.ino;
@@ -262,23 +339,23 @@ impl Walk {
                 let rmdir = self.below(2) == 0;
                 let want = self.model.removed(dir, &name, rmdir).map(|_| true);
                 let got = if rmdir {
-                    self.m().run(fs.rmdir(&ROOT, dir, bytes))
+                    fs.rmdir(&ROOT, dir, bytes).await
                 } else {
-                    self.m().run(fs.unlink(&ROOT, dir, bytes))
+                    fs.unlink(&ROOT, dir, bytes).await
                 };
                 if Self::agree(&got, want) {
                     self.model.drop_name(dir, &name);
                 }
             }
-            6 | 7 => self.rename(dir, &name),
-            8 => self.write(),
-            9 => self.truncate(),
-            10 => self.xattr(),
-            11 => self.close(),
+            6 | 7 => self.rename(dir, &name).await,
+            8 => self.write().await,
+            9 => self.truncate().await,
+            10 => self.xattr().await,
+            11 => self.close().await,
             12 => {
                 let Some(ino) = self.pick(false) else { return };
                 let want = self.model.parent_for_new(dir, &name).map(|()| true);
-                let got = self.m().run(fs.link(&ROOT, ino, dir, bytes));
+                let got = fs.link(&ROOT, ino, dir, bytes).await;
                 if Self::agree(&got, want) {
                     self.model.children(dir).insert(name, ino);
                     self.model.nodes.get_mut(&ino).unwrap().nlink += 1;
@@ -286,34 +363,35 @@ impl Walk {
             }
             _ => {
                 if self.below(3) == 0 {
-                    self.m().run(fs.syncfs()).unwrap();
-                    self.since.clear();
+                    fs.syncfs().await.unwrap();
+                    self.synced = true;
                 }
             }
         }
-        self.since.push(shown(&self.model));
     }
 
-    fn rename(&mut self, dir: u64, name: &str) {
+    async fn rename(&mut self, dir: u64, name: &str) {
         let (to, new) = (self.pick(true).unwrap(), self.name());
         let noreplace = self.below(4) == 0;
         let want = self.model.may_rename(dir, name, to, &new, noreplace);
-        let (from, fs) = (name.as_bytes(), self.m().fs());
+        let (from, fs) = (name.as_bytes(), self.fs.clone());
         let flags = u32::from(noreplace);
-        let got = self
-            .m()
-            .run(fs.rename(&ROOT, dir, from, to, new.as_bytes(), flags));
+        let got = fs.rename(&ROOT, dir, from, to, new.as_bytes(), flags).await;
         if Self::agree(&got, want) {
             self.model.rename(dir, name, to, &new);
         }
     }
 
-    fn write(&mut self) {
+    async fn write(&mut self) {
         let Some(ino) = self.pick(false) else { return };
         let offset = self.below(40_000);
         let byte = self.rng.next_u64() as u8;
         let data = vec![byte; 1 + self.below(20_000) as usize];
-        let got = self.m().write(ino, offset, &data);
+        let bytes = bytes::Bytes::copy_from_slice(&data);
+        let got = self
+            .fs
+            .write(&ROOT, ino, 0, offset, bytes, WriteHow::default())
+            .await;
         assert_eq!(got, Ok(data.len() as u32));
         let old = &mut self.model.nodes.get_mut(&ino).unwrap().data;
         let end = offset as usize + data.len();
@@ -321,7 +399,7 @@ impl Walk {
         old[offset as usize..end].copy_from_slice(&data);
     }
 
-    fn truncate(&mut self) {
+    async fn truncate(&mut self) {
         let Some(ino) = self.pick(false) else { return };
         let size = self.below(50_000);
         let (set, fs) = (
@@ -329,9 +407,9 @@ impl Walk {
                 size: Some(size),
                 ..SetAttr::default()
             },
-            self.m().fs(),
+            self.fs.clone(),
         );
-        self.m().run(fs.setattr(&ROOT, ino, &set)).unwrap();
+        fs.setattr(&ROOT, ino, &set).await.unwrap();
         self.model
             .nodes
             .get_mut(&ino)
@@ -340,49 +418,128 @@ impl Walk {
             .resize(size as usize, 0);
     }
 
-    fn xattr(&mut self) {
-        let ino = self.pick(self.below(2) == 0).unwrap_or(1);
+    async fn xattr(&mut self) {
+        let ino = self.pick(self.below(2) == 0).unwrap_or(self.model.root);
         let name = ["user.a", "trusted.b"][self.below(2) as usize];
         let value = vec![7; self.below(3000) as usize];
-        let fs = self.m().fs();
-        self.m()
-            .run(fs.setxattr(&ROOT, ino, name.as_bytes(), &value, XattrSet::Any))
+        let fs = self.fs.clone();
+        fs.setxattr(&ROOT, ino, name.as_bytes(), &value, XattrSet::Any)
+            .await
             .unwrap();
         let node = self.model.nodes.get_mut(&ino).unwrap();
         node.xattrs.insert(name.into(), value);
     }
 
-    fn close(&mut self) {
+    async fn close(&mut self) {
         if self.handles.is_empty() {
             return;
         }
         let at = self.below(self.handles.len() as u64) as usize;
         let (ino, fh) = self.handles.swap_remove(at);
-        let fs = self.m().fs();
-        self.m().run(fs.release(ino, fh));
+        let fs = self.fs.clone();
+        fs.release(ino, fh).await;
         self.model.nodes.get_mut(&ino).unwrap().open -= 1;
         self.model.reap(ino);
     }
+}
+
+/// A walk over a whole volume, and every state since the last sync.
+struct Crasher {
+    m: Option<Mounted>,
+    walk: Walk,
+    /// That of the sync first, with the contents of files by number.
+    since: Vec<(Shown, BTreeMap<u64, Vec<u8>>)>,
+}
+
+impl Crasher {
+    fn new(seed: u64) -> Self {
+        let m = Mounted::make(seed);
+        let walk = Walk::new(m.fs(), 1, seed);
+        let since = vec![(shown(&walk.model), contents(&walk.model))];
+        Self {
+            m: Some(m),
+            walk,
+            since,
+        }
+    }
+
+    fn m(&self) -> &Mounted {
+        self.m.as_ref().unwrap()
+    }
+
+    fn step(&mut self) {
+        self.m.as_ref().unwrap().run(self.walk.step());
+        if self.walk.synced {
+            self.since.clear();
+        }
+        let model = &self.walk.model;
+        self.since.push((shown(model), contents(model)));
+    }
 
     fn crash(&mut self) {
-        self.m = Some(self.m.take().unwrap().crash());
+        self.m = self.m.take().map(Mounted::crash);
+        self.walk.fs = self.m().fs();
         let now = self.m().shown();
+        let inos = self.m().inos();
+        let explained = (0..self.since.len()).any(|at| self.explains(at, &now, &inos));
+        if !explained {
+            self.report(&now);
+        }
         assert!(
-            self.since.contains(&now),
+            explained,
             "after the crash: not the state after any operation since the last sync"
         );
         self.rebuild(now);
     }
 
+    /// Whether `now` is the state after operation `at`. Data is written in place,
+    /// so each byte may also be what a later operation wrote (spec 14 section 20).
+    fn explains(&self, at: usize, now: &Shown, inos: &BTreeMap<String, u64>) -> bool {
+        let (then, _) = &self.since[at];
+        let same =
+            |a: &Node4, b: &Node4| (a.0, a.1, a.2.len(), &a.3) == (b.0, b.1, b.2.len(), &b.3);
+        if now.len() != then.len()
+            || !now
+                .iter()
+                .zip(then)
+                .all(|(a, b)| a.0 == b.0 && same(a.1, b.1))
+        {
+            return false;
+        }
+        now.iter().all(|(path, node)| {
+            let ino = inos[path];
+            node.2.iter().enumerate().all(|(i, byte)| {
+                let later = self.since[at..]
+                    .iter()
+                    .filter_map(|(_, data)| data.get(&ino));
+                node.0 || later.clone().any(|data| data.get(i).unwrap_or(&0) == byte)
+            })
+        })
+    }
+
+    fn report(&self, now: &Shown) {
+        for (at, (then, _)) in self.since.iter().enumerate() {
+            let short = |s: &Shown| -> Vec<String> {
+                s.iter()
+                    .map(|(p, n)| format!("{p}:{}:{}", n.1, n.2.len()))
+                    .collect()
+            };
+            let (a, b) = (short(then), short(now));
+            let lost: Vec<_> = a.iter().filter(|x| !b.contains(x)).collect();
+            let more: Vec<_> = b.iter().filter(|x| !a.contains(x)).collect();
+            println!("state {at}: missing {lost:?}, not expected {more:?}");
+        }
+    }
+
     /// The model of what is there, with the numbers it has.
     fn rebuild(&mut self, now: Shown) {
-        self.handles.clear();
-        self.model = Model::new();
+        self.walk.handles.clear();
+        self.walk.model = Model::rooted(1);
         let fs = self.m().fs();
         let mut inos = BTreeMap::from([(String::new(), 1)]);
         for (path, (is_dir, nlink, data, xattrs)) in &now {
             if path.is_empty() {
-                self.model.nodes.get_mut(&1).unwrap().xattrs = xattrs.clone();
+                self.walk.model.nodes.get_mut(&1).unwrap().xattrs = xattrs.clone();
                 continue;
             }
             let (parent, name) = path.rsplit_once('/').unwrap();
@@ -394,8 +551,8 @@ impl Walk {
                 .attr
                 .ino;
             inos.insert(path.clone(), ino);
-            self.model.children(dir).insert(name.into(), ino);
-            let node = self.model.nodes.entry(ino).or_default();
+            self.walk.model.children(dir).insert(name.into(), ino);
+            let node = self.walk.model.nodes.entry(ino).or_default();
             node.nlink = *nlink;
             node.data = data.clone();
             node.xattrs = xattrs.clone();
@@ -403,9 +560,9 @@ impl Walk {
                 node.children.get_or_insert_default();
             }
         }
-        self.model.nodes.get_mut(&1).unwrap().nlink = now[""].1;
-        assert_eq!(shown(&self.model), now);
-        self.since = vec![now];
+        self.walk.model.nodes.get_mut(&1).unwrap().nlink = now[""].1;
+        assert_eq!(shown(&self.walk.model), now);
+        self.since = vec![(now, contents(&self.walk.model))];
     }
 }
 
@@ -426,8 +583,12 @@ fn a_volume_is_made_mounted_used_and_mounted_again() {
 
 #[test]
 fn what_was_synced_survives_power_loss() {
-    for seed in 0..8 {
-        let mut walk = Walk::new(seed);
+    let seeds: u64 = std::env::var("SEEDS").map_or(8, |s| s.parse().unwrap());
+    for seed in 0..seeds {
+        if std::env::var("SEEDS").is_ok() {
+            println!("seed {seed}");
+        }
+        let mut walk = Crasher::new(seed);
         for _ in 0..4 {
             for _ in 0..60 {
                 walk.step();
@@ -437,9 +598,49 @@ fn what_was_synced_survives_power_loss() {
         for _ in 0..40 {
             walk.step();
         }
-        let want = shown(&walk.model);
+        let want = shown(&walk.walk.model);
         let m = Mounted::over(walk.m.take().unwrap().unmount());
-        assert_eq!(m.shown(), want);
+        same(&m.shown(), &want);
+        m.unmount();
+    }
+}
+
+#[test]
+fn tasks_of_one_mount_do_not_disturb_each_other() {
+    for seed in 0..4 {
+        let m = Mounted::make(seed);
+        m.world.meta.set_yields(true);
+        m.world.data.set_yields(true);
+        let fs = m.fs();
+        let walks: Vec<Walk> = (0..6)
+            .map(|n| {
+                let name = format!("top{n}");
+                let top = m
+                    .run(fs.mkdir(&ROOT, 1, name.as_bytes(), 0o755, 0))
+                    .unwrap();
+                Walk::new(fs.clone(), top.attr.ino, seed * 100 + n)
+            })
+            .collect();
+        let done = Rc::new(RefCell::new(Vec::new()));
+        for mut walk in walks {
+            let done = done.clone();
+            m.world.env().spawn("walk", async move {
+                for _ in 0..150 {
+                    walk.step().await;
+                }
+                done.borrow_mut().push(walk);
+            });
+        }
+        let env = m.world.env();
+        m.run(async {
+            while done.borrow().len() < 6 {
+                env.sleep(Duration::from_millis(1)).await;
+            }
+        });
+        let m = Mounted::over(m.unmount());
+        for walk in done.take() {
+            same(&m.shown_below(walk.model.root), &shown(&walk.model));
+        }
         m.unmount();
     }
 }

@@ -8,6 +8,7 @@ type Ino = u64;
 /// A model of the namespace, in the words of POSIX.
 #[derive(Clone, Debug, Default)]
 pub struct Model {
+    pub root: Ino,
     pub nodes: BTreeMap<Ino, Node>,
 }
 
@@ -21,14 +22,16 @@ pub struct Node {
 }
 
 impl Model {
-    pub fn new() -> Self {
-        let root = Node {
+    /// Only a root directory, with this number.
+    pub fn rooted(root: Ino) -> Self {
+        let node = Node {
             children: Some(BTreeMap::new()),
             nlink: 2,
             ..Node::default()
         };
         Self {
-            nodes: BTreeMap::from([(1, root)]),
+            root,
+            nodes: BTreeMap::from([(root, node)]),
         }
     }
     pub fn dir(&self, ino: Ino) -> Result<&BTreeMap<String, Ino>, E> {

@@ -1009,7 +1009,7 @@ impl Walk {
         let rng = TestEntropy::new(seed);
         Self {
             w: World::new(2),
-            model: Model::new(),
+            model: Model::rooted(1),
             rng,
             handles: Vec::new(),
             faults,
