@@ -607,7 +607,8 @@ fn what_was_synced_survives_power_loss() {
 
 #[test]
 fn tasks_of_one_mount_do_not_disturb_each_other() {
-    for seed in 0..4 {
+    let seeds: u64 = std::env::var("SEEDS").map_or(4, |s| s.parse().unwrap());
+    for seed in 0..seeds {
         let m = Mounted::make(seed);
         m.world.meta.set_yields(true);
         m.world.data.set_yields(true);

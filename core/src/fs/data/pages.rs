@@ -90,6 +90,13 @@ impl InodeData {
         self.segment_at(block).is_some()
     }
 
+    /// Content of a buffered block. A buffer may be written out and dropped at any
+    /// wait, so who needs the content after a wait takes it along.
+    pub(super) fn copy_of(&self, block: u64) -> Option<IoBuf> {
+        let bytes = self.read(block, block + 1).ok()?;
+        Some(Arc::new(AlignedBuf::copy_of(&bytes)))
+    }
+
     /// The buffered part at the front of blocks `[block, end)`, or how far the
     /// unbuffered part reaches.
     pub(super) fn read(&self, block: u64, end: u64) -> Result<Bytes, u64> {

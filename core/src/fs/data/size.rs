@@ -66,8 +66,11 @@ impl Fs {
         } else {
             None
         };
-        if blkno.is_some() && !state.data.has(block) {
-            self.read_raw(locked, inode, block, &mut old).await?;
+        if blkno.is_some() {
+            match state.data.copy_of(block) {
+                Some(buf) => _ = old.insert(block, buf),
+                None => self.read_raw(locked, inode, block, &mut old).await?,
+            }
         }
         let mut change = self.change(locked, &[inode.touch(true)], false).await?;
         let now = self.env.clock.wall();

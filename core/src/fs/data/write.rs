@@ -305,7 +305,11 @@ impl Fs {
         block: u64,
         old: &mut OldBlocks,
     ) -> FsResult<()> {
-        if state.data.has(block) || old.contains_key(&block) || block * BLOCK >= inode.size {
+        if old.contains_key(&block) || block * BLOCK >= inode.size {
+            return Ok(());
+        }
+        if let Some(buf) = state.data.copy_of(block) {
+            old.insert(block, buf);
             return Ok(());
         }
         let guard = locked.of(inode.ino);
