@@ -1,35 +1,46 @@
-//! Trees of free extents (spec 03 sections 2 and 3). Each extent is two items: by
-//! its last block, to find neighbours, and by its order, to find large ones.
+//! Free extent trees (spec 03 sections 2 and 3): each extent is two items with
+//! empty values, one by its last block, one by its order.
 //!
-//! What can go wrong: the two items, or `total_len`, telling different things. A
-//! change is a few removes and inserts; if one fails those before it are undone,
-//! and if that fails too the error says that the tree can not be used any more.
+//! A change is a short list of item pairs to remove and to insert. If one fails
+//! those before it are undone in reverse; an undo works on dirty blocks only, so
+//! it needs no device.
 
 use super::{AllocError, FreeExtent};
 use crate::block::{Cache, Tx};
-use crate::btree::{self, Item};
-use crate::format::{AllocRoot, Key, ZONE_FREE_EXTENT_BLKNO, ZONE_FREE_EXTENT_ORDER};
+use crate::btree::{self, BtreeError};
+use crate::format::{AllocRoot, Key, KeyRange, ZONE_FREE_EXTENT_BLKNO, ZONE_FREE_EXTENT_ORDER};
 
 /// List entries that one change of an extent tree of this height may use.
 pub fn ext_mod(height: u8) -> u32 {
     15 * (u32::from(height) + 1)
 }
 
-/// The extent that an item of either zone stands for.
-fn parse(item: &Item) -> Result<FreeExtent, AllocError> {
-    let key = item.key;
+/// One step of a change.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step {
+    Insert(FreeExtent),
+    Remove(FreeExtent),
+}
+
+fn blkno_key(extent: &FreeExtent) -> Key {
+    Key::free_extent_blkno(extent.end() - 1, extent.len)
+}
+
+fn order_key(extent: &FreeExtent) -> Key {
+    Key::free_extent_order(extent.end() - 1, extent.len)
+}
+
+/// The extent that an item names.
+fn decode(key: Key, value: &[u8]) -> Result<FreeExtent, AllocError> {
     let (last, len) = match key.zone {
         ZONE_FREE_EXTENT_BLKNO => (key.first, key.second),
         _ => (key.second, key.third),
     };
-    let fits = len > 0 && last.checked_add(1).is_some_and(|end| end >= len);
-    if !fits || !item.value.is_empty() {
-        return Err(AllocError::BadItem(key));
+    let start = last.checked_add(1).and_then(|end| end.checked_sub(len));
+    match start {
+        Some(start) if len > 0 && value.is_empty() => Ok(FreeExtent { start, len }),
+        _ => Err(AllocError::BadItem(key)),
     }
-    Ok(FreeExtent {
-        start: last + 1 - len,
-        len,
-    })
 }
 
 /// The first extent at or after `key` in its zone.
@@ -39,18 +50,18 @@ async fn next_in_zone(
     key: Key,
 ) -> Result<Option<FreeExtent>, AllocError> {
     match btree::next(cache, &root.root, &key).await? {
-        Some(item) if item.key.zone == key.zone => Ok(Some(parse(&item)?)),
+        Some(item) if item.key.zone == key.zone => decode(item.key, &item.value).map(Some),
         _ => Ok(None),
     }
 }
 
 /// The first extent that ends at or after `block`.
-pub(super) async fn next_by_block(
-    cache: &Cache,
+async fn next_ending(
+    tx: &Tx,
     root: &AllocRoot,
     block: u64,
 ) -> Result<Option<FreeExtent>, AllocError> {
-    next_in_zone(cache, root, Key::free_extent_blkno(block, 1)).await
+    next_in_zone(tx.cache(), root, Key::free_extent_blkno(block, 1)).await
 }
 
 /// The first extent of `order` or less that ends at or after `block`, larger
@@ -73,90 +84,133 @@ pub(super) async fn largest(
     next_by_order(cache, root, u64::MAX, 0).await
 }
 
-fn keys(extent: FreeExtent) -> [Key; 2] {
-    let last = extent.start + (extent.len - 1);
-    [
-        Key::free_extent_blkno(last, extent.len),
-        Key::free_extent_order(last, extent.len),
-    ]
-}
-
-#[derive(Clone, Copy)]
-enum Step {
-    Remove(FreeExtent),
-    Insert(FreeExtent),
-}
-
-impl Step {
-    fn undo(self) -> Self {
-        match self {
-            Self::Remove(extent) => Self::Insert(extent),
-            Self::Insert(extent) => Self::Remove(extent),
-        }
-    }
-
-    /// Changes both items and the total, or neither.
-    async fn apply(self, tx: &Tx, root: &mut AllocRoot) -> Result<(), AllocError> {
-        let tree = &mut root.root;
-        match self {
-            Self::Insert(extent) => {
-                let [by_block, by_order] = keys(extent);
-                btree::insert(tx, tree, &by_block, &[]).await?;
-                if let Err(err) = btree::insert(tx, tree, &by_order, &[]).await {
-                    btree::delete(tx, tree, &by_block).await?;
-                    return Err(err.into());
-                }
-                root.total_len += extent.len;
-            }
-            Self::Remove(extent) => {
-                let [by_block, by_order] = keys(extent);
-                btree::delete(tx, tree, &by_block).await?;
-                if let Err(err) = btree::delete(tx, tree, &by_order).await {
-                    btree::insert(tx, tree, &by_block, &[]).await?;
-                    return Err(err.into());
-                }
-                root.total_len -= extent.len;
-            }
-        }
-        Ok(())
+/// An item that should be there is not, or the other way round: the two items
+/// of an extent do not agree.
+fn twin(err: BtreeError) -> AllocError {
+    match err {
+        BtreeError::Exists(key) | BtreeError::NotFound(key) => AllocError::BadItem(key),
+        err => AllocError::Btree(err),
     }
 }
 
-/// Applies all steps, or none.
-async fn apply(tx: &Tx, root: &mut AllocRoot, steps: &[Step]) -> Result<(), AllocError> {
-    for (at, step) in steps.iter().enumerate() {
-        if let Err(err) = step.apply(tx, root).await {
-            for done in steps[..at].iter().rev() {
-                done.undo().apply(tx, root).await?;
-            }
+const UNDO: &str = "undoing on dirty blocks within the transaction's budget";
+
+async fn put_pair(tx: &Tx, root: &mut AllocRoot, extent: &FreeExtent) -> Result<(), AllocError> {
+    let (first, second) = (blkno_key(extent), order_key(extent));
+    btree::insert(tx, &mut root.root, &first, &[])
+        .await
+        .map_err(twin)?;
+    if let Err(err) = btree::insert(tx, &mut root.root, &second, &[]).await {
+        crate::env::probe("extent_item_undone");
+        btree::undo_insert(tx, &mut root.root, &first)
+            .await
+            .expect(UNDO);
+        return Err(twin(err));
+    }
+    root.total_len += extent.len;
+    Ok(())
+}
+
+async fn take_pair(tx: &Tx, root: &mut AllocRoot, extent: &FreeExtent) -> Result<(), AllocError> {
+    let (first, second) = (blkno_key(extent), order_key(extent));
+    btree::delete(tx, &mut root.root, &first)
+        .await
+        .map_err(twin)?;
+    if let Err(err) = btree::delete(tx, &mut root.root, &second).await {
+        crate::env::probe("extent_item_undone");
+        btree::insert(tx, &mut root.root, &first, &[])
+            .await
+            .expect(UNDO);
+        return Err(twin(err));
+    }
+    root.total_len = root
+        .total_len
+        .get()
+        .checked_sub(extent.len)
+        .ok_or(AllocError::BadItem(first))?
+        .into();
+    Ok(())
+}
+
+async fn unput_pair(tx: &Tx, root: &mut AllocRoot, extent: &FreeExtent) {
+    for key in [blkno_key(extent), order_key(extent)] {
+        btree::undo_insert(tx, &mut root.root, &key)
+            .await
+            .expect(UNDO);
+    }
+    root.total_len -= extent.len;
+}
+
+/// Makes the steps; on an error those made are undone.
+pub(super) async fn apply(tx: &Tx, root: &mut AllocRoot, steps: &[Step]) -> Result<(), AllocError> {
+    for (done, step) in steps.iter().enumerate() {
+        let res = match step {
+            Step::Insert(extent) => put_pair(tx, root, extent).await,
+            Step::Remove(extent) => take_pair(tx, root, extent).await,
+        };
+        if let Err(err) = res {
+            undo(tx, root, &steps[..done]).await;
             return Err(err);
         }
     }
     Ok(())
 }
 
-/// Adds a free extent, joined with its neighbours (resize, frees).
+/// Takes back steps that were made in this transaction.
+///
+/// # Panics
+/// If the transaction's budget does not allow it.
+pub(super) async fn undo(tx: &Tx, root: &mut AllocRoot, steps: &[Step]) {
+    for step in steps.iter().rev() {
+        match step {
+            Step::Insert(extent) => unput_pair(tx, root, extent).await,
+            Step::Remove(extent) => put_pair(tx, root, extent).await.expect(UNDO),
+        }
+    }
+}
+
+/// The steps that take `start..start+len` out of the extent that contains it.
+pub(super) fn cut(found: FreeExtent, start: u64, len: u64) -> Vec<Step> {
+    let mut steps = vec![Step::Remove(found)];
+    if start > found.start {
+        steps.push(Step::Insert(FreeExtent {
+            start: found.start,
+            len: start - found.start,
+        }));
+    }
+    if start + len < found.end() {
+        steps.push(Step::Insert(FreeExtent {
+            start: start + len,
+            len: found.end() - start - len,
+        }));
+    }
+    steps
+}
+
+/// Adds a free extent (resize, frees), joined with its neighbours.
 ///
 /// # Errors
-/// `Overlap`; btree errors.
+/// `Overlap`, `NotContained` for an empty or wrapping extent; btree errors. Then
+/// nothing changed.
 pub async fn insert_extent(
     tx: &Tx,
     root: &mut AllocRoot,
     start: u64,
     len: u64,
 ) -> Result<(), AllocError> {
-    let end = start.checked_add(len).filter(|end| *end > start);
-    let end = end.ok_or(AllocError::NotContained { start, len })?;
-    let mut steps = Vec::with_capacity(3);
+    let Some(end) = start.checked_add(len).filter(|_| len > 0) else {
+        return Err(AllocError::NotContained { start, len });
+    };
     let mut joined = FreeExtent { start, len };
-    if let Some(right) = next_by_block(tx.cache(), root, start).await? {
+    let mut steps = Vec::with_capacity(3);
+    if let Some(right) = next_ending(tx, root, start).await? {
         if right.start < end {
-            let (found_start, found_len) = (right.start, right.len);
+            crate::env::probe("free_extent_overlap");
             return Err(AllocError::Overlap {
                 start,
                 len,
-                found_start,
-                found_len,
+                found_start: right.start,
+                found_len: right.len,
             });
         }
         if right.start == end {
@@ -165,8 +219,8 @@ pub async fn insert_extent(
         }
     }
     if start > 0
-        && let Some(left) = next_by_block(tx.cache(), root, start - 1).await?
-        && left.start + left.len == start
+        && let Some(left) = next_ending(tx, root, start - 1).await?
+        && left.end() == start
     {
         steps.push(Step::Remove(left));
         joined.start = left.start;
@@ -179,43 +233,28 @@ pub async fn insert_extent(
 /// Removes a part of a free extent.
 ///
 /// # Errors
-/// `NotContained`, `NoExtent`; btree errors.
+/// `NotContained`, `NoExtent`; btree errors. Then nothing changed.
 pub async fn remove_extent(
     tx: &Tx,
     root: &mut AllocRoot,
     start: u64,
     len: u64,
 ) -> Result<(), AllocError> {
-    let found = next_by_block(tx.cache(), root, start).await?;
+    let found = next_ending(tx, root, start).await?;
     let found = found.ok_or(AllocError::NoExtent)?;
-    let outside = AllocError::NotContained { start, len };
-    let end = start.checked_add(len).filter(|end| *end > start);
-    let end = end.ok_or_else(|| outside.clone())?;
-    let found_end = found.start + found.len;
-    if found.start > start || found_end < end {
-        return Err(outside);
+    let inside = len > 0
+        && found.start <= start
+        && start.checked_add(len).is_some_and(|end| end <= found.end());
+    if !inside {
+        return Err(AllocError::NotContained { start, len });
     }
-    let mut steps = vec![Step::Remove(found)];
-    if found.start < start {
-        let len = start - found.start;
-        steps.push(Step::Insert(FreeExtent {
-            start: found.start,
-            len,
-        }));
-    }
-    if found_end > end {
-        steps.push(Step::Insert(FreeExtent {
-            start: end,
-            len: found_end - end,
-        }));
-    }
-    apply(tx, root, &steps).await
+    apply(tx, root, &cut(found, start, len)).await
 }
 
 /// Takes up to `count` blocks from the largest order of extents, lowest address first.
 ///
 /// # Errors
-/// `NoExtent`; btree errors.
+/// `NoExtent`; btree errors. Then nothing changed.
 ///
 /// # Panics
 /// If `count` is 0.
@@ -224,21 +263,16 @@ pub async fn alloc_extent(
     root: &mut AllocRoot,
     count: u64,
 ) -> Result<FreeExtent, AllocError> {
-    assert!(count > 0, "allocating nothing");
+    assert!(count > 0, "allocation of no blocks");
     let found = largest(tx.cache(), root)
         .await?
         .ok_or(AllocError::NoExtent)?;
-    let taken = FreeExtent {
+    let len = found.len.min(count);
+    apply(tx, root, &cut(found, found.start, len)).await?;
+    Ok(FreeExtent {
         start: found.start,
-        len: found.len.min(count),
-    };
-    let mut steps = vec![Step::Remove(found)];
-    if found.len > taken.len {
-        let (start, len) = (found.start + taken.len, found.len - taken.len);
-        steps.push(Step::Insert(FreeExtent { start, len }));
-    }
-    apply(tx, root, &steps).await?;
-    Ok(taken)
+        len,
+    })
 }
 
 /// All free extents in address order.
@@ -250,13 +284,30 @@ pub async fn read_extents(
     root: &AllocRoot,
     f: &mut dyn FnMut(FreeExtent),
 ) -> Result<(), AllocError> {
-    let mut from = 0;
-    while let Some(extent) = next_by_block(cache, root, from).await? {
-        f(extent);
-        match extent.start.checked_add(extent.len) {
-            Some(end) => from = end,
-            None => break,
+    let end = Key::new(
+        ZONE_FREE_EXTENT_BLKNO,
+        u64::MAX,
+        u8::MAX,
+        u64::MAX,
+        u64::MAX,
+        u8::MAX,
+    );
+    let mut at = Key::new(ZONE_FREE_EXTENT_BLKNO, 0, 0, 0, 0, 0);
+    while root.root.height > 0 {
+        let mut range = KeyRange::new(at, end);
+        let mut bad = Ok(());
+        btree::read_items(cache, &root.root, &at, &mut range, &mut |it| match decode(
+            it.key, it.value,
+        ) {
+            Ok(extent) => f(extent),
+            Err(err) => bad = Err(err),
+        })
+        .await?;
+        bad?;
+        if range.end >= end {
+            break;
         }
+        at = range.end.inc();
     }
     Ok(())
 }

@@ -1,44 +1,48 @@
-//! Filling, emptying and joining lists of free metadata blocks (spec 03 section 7).
+//! Filling lists from extents, emptying them into extents, chaining them
+//! (spec 03 section 7).
 //!
-//! All of it works on lists that are *not* the running transaction's: copying their
-//! blocks takes from and gives to the running ones.
-//!
-//! What can go wrong: a head that no longer matches its chain. `first_nr` and
-//! `total_nr` change together with the blocks; a failure half way is for the caller
-//! to treat as the end of the transaction.
+//! All take their blocks from a running transaction and work on other lists
+//! than its own: that is what ends the recursion.
 
 use super::{AllocError, alloc_extent, ext_mod, insert_extent};
-use crate::block::{ListBlock, ListBlockMut, Tx};
+use crate::block::{BlockError, ListBlock, ListBlockMut, Tx};
 use crate::env::probe;
-use crate::format::{AllocListHead, AllocRoot, BlockRef, Magic};
+use crate::format::{ALLOC_FLAG_LOW, AllocListHead, AllocRoot, BlockRef, Magic};
 
 /// Whether the transaction has room for `extents` changes of a tree and `extra` entries.
 pub fn has_room(tx: &Tx, root: &AllocRoot, extents: u32, extra: u32) -> bool {
-    let need = 1 + ext_mod(root.root.height) * extents + extra;
-    tx.remaining().fits(need)
+    tx.remaining()
+        .fits(1 + ext_mod(root.root.height) * extents + extra)
 }
 
 fn check_not_running(tx: &Tx, head: &AllocListHead) -> Result<(), AllocError> {
     if tx.is_running(head) {
-        Err(AllocError::RunningList)
-    } else {
-        Ok(())
+        return Err(AllocError::RunningList);
     }
+    Ok(())
 }
 
-/// Makes the first block of a list dirty, a new one if there is none.
+/// Makes the first block of a list dirty: a new one if there is none. Its
+/// entries are sorted.
 async fn dirty_first(tx: &Tx, head: &mut AllocListHead) -> Result<(), AllocError> {
-    if !head.block_ref.is_null() {
-        tx.read_first(head).await?;
+    if head.block_ref.is_null() {
+        head.first_nr = 0.into();
+        tx.dirty_ref(&mut head.block_ref, Magic::AllocList).await?;
+        return Ok(());
     }
-    Ok(tx.dirty_ref(&mut head.block_ref, Magic::AllocList).await?)
+    let block = tx.read_first(head).await?;
+    tx.dirty_from(&mut head.block_ref, &block, Magic::AllocList)
+        .await?;
+    tx.edit(head.block_ref.blkno.get(), |b| ListBlockMut::new(b).sort());
+    Ok(())
 }
 
 /// Fills a list that has fewer than `lo` entries from `root` up to `target`; may
 /// stop early with success when the transaction is low.
 ///
 /// # Errors
-/// `NoSpace` if `root` is empty, `RunningList`; btree errors.
+/// `NoSpace` if `root` is empty before, `RunningList`; btree errors. What was
+/// moved until then stays moved.
 pub async fn fill_list(
     tx: &Tx,
     head: &mut AllocListHead,
@@ -47,30 +51,27 @@ pub async fn fill_list(
     target: u32,
 ) -> Result<(), AllocError> {
     check_not_running(tx, head)?;
-    if head.first_nr.get() >= lo {
-        return Ok(());
-    }
-    if root.total_len.get() == 0 {
-        probe("fill_list_no_space");
-        return Err(AllocError::NoSpace);
-    }
-    if !has_room(tx, root, 1, 1) {
-        probe("fill_list_low");
+    let target = target.min(tx.policy().list_max);
+    if head.first_nr.get() >= lo.min(target) || !has_room(tx, root, 1, 0) {
         return Ok(());
     }
     dirty_first(tx, head).await?;
-    while head.first_nr.get() < target && has_room(tx, root, 1, 0) {
-        let count = target - head.first_nr.get();
-        let extent = match alloc_extent(tx, root, u64::from(count)).await {
+    while head.first_nr.get() < target {
+        if !has_room(tx, root, 1, 0) {
+            probe("fill_stopped_early");
+            return Ok(());
+        }
+        let count = u64::from(target - head.first_nr.get());
+        let extent = match alloc_extent(tx, root, count).await {
             Err(AllocError::NoExtent) => {
-                probe("fill_list_no_space");
+                probe("fill_without_extents");
                 return Err(AllocError::NoSpace);
             }
-            other => other?,
+            extent => extent?,
         };
-        tx.edit(head.block_ref.blkno.get(), |bytes| {
-            let mut block = ListBlockMut::new(bytes);
-            for blkno in extent.start..extent.start + extent.len {
+        tx.edit(head.block_ref.blkno.get(), |b| {
+            let mut block = ListBlockMut::new(b);
+            for blkno in extent.start..extent.end() {
                 block.add(head, blkno);
             }
         });
@@ -82,59 +83,61 @@ pub async fn fill_list(
 /// leaving the rest.
 ///
 /// # Errors
-/// `Overlap`, `RunningList`; btree errors.
+/// `Overlap`, `RunningList`; btree errors. What was moved until then stays moved.
 pub async fn empty_list(
     tx: &Tx,
     head: &mut AllocListHead,
     root: &mut AllocRoot,
 ) -> Result<(), AllocError> {
     check_not_running(tx, head)?;
-    let mut sorted = 0;
-    while !head.block_ref.is_null() && has_room(tx, root, 1, 1) {
+    while !head.block_ref.is_null() {
+        if !has_room(tx, root, 1, 1) {
+            probe("empty_stopped_early");
+            return Ok(());
+        }
         if head.first_nr.get() == 0 {
             trim(tx, head).await?;
             continue;
         }
-        dirty_first(tx, head).await?;
-        let list = head.block_ref.blkno.get();
-        let (start, len) = tx.edit(list, |bytes| {
-            if sorted != list {
-                ListBlockMut::new(bytes).sort();
-            }
-            leading_run(ListBlock::new(bytes))
+        let blkno = head.block_ref.blkno.get();
+        if !tx.is_dirty(blkno) {
+            dirty_first(tx, head).await?;
+            continue;
+        }
+        // Lists of this transaction, such as those just spliced, are not sorted.
+        let (start, len) = tx.edit(blkno, |b| {
+            ListBlockMut::new(b).sort_if_needed();
+            leading_run(ListBlock::new(b))
         });
-        sorted = list;
-        insert_extent(tx, root, start, len).await?;
-        tx.edit(list, |bytes| {
-            ListBlockMut::new(bytes).remove(head, len as u32)
-        });
+        tx.check_range(start)?;
+        tx.check_range(start + u64::from(len) - 1)?;
+        insert_extent(tx, root, start, u64::from(len)).await?;
+        tx.edit(blkno, |b| ListBlockMut::new(b).remove(head, len));
     }
     Ok(())
 }
 
-/// The consecutive block numbers at the front of a sorted list block.
-fn leading_run(block: ListBlock<'_>) -> (u64, u64) {
+/// The consecutive numbers at the front of a sorted block with entries.
+fn leading_run(block: ListBlock<'_>) -> (u64, u32) {
     let entries = block.entries();
     let start = entries[0].get();
-    let run = entries
-        .iter()
-        .zip(start..)
-        .take_while(|(entry, at)| entry.get() == *at);
-    (start, run.count() as u64)
+    let run = (start..)
+        .zip(entries)
+        .take_while(|(want, b)| b.get() == *want);
+    (start, run.count() as u32)
 }
 
-/// Drops the empty first block of a list.
+/// Removes the empty first block of a list.
 async fn trim(tx: &Tx, head: &mut AllocListHead) -> Result<(), AllocError> {
-    let next = ListBlock::new(tx.read_first(head).await?.bytes())
-        .head()
-        .next;
-    let first_nr = match next.is_null() {
-        true => 0,
-        false => ListBlock::new(tx.read_list(&next).await?.bytes())
-            .head()
-            .nr
-            .get(),
+    let block = tx.read_first(head).await?;
+    let next = ListBlock::new(block.bytes()).head().next;
+    let first_nr = if next.is_null() {
+        0
+    } else {
+        let after = tx.read_list(&next).await?;
+        ListBlock::new(after.bytes()).head().nr.get()
     };
+    drop(block);
     tx.free_block(head.block_ref.blkno.get()).await?;
     head.block_ref = next;
     head.first_nr = first_nr.into();
@@ -142,9 +145,10 @@ async fn trim(tx: &Tx, head: &mut AllocListHead) -> Result<(), AllocError> {
 }
 
 /// Puts the blocks of `src` in front of `dst`; `src` becomes empty, flags too.
+/// Costs one allocation and one free for each block of `src`.
 ///
 /// # Errors
-/// `RunningList`; block errors.
+/// `RunningList`; block errors. Then both are still whole lists.
 pub async fn splice_list(
     tx: &Tx,
     dst: &mut AllocListHead,
@@ -153,44 +157,45 @@ pub async fn splice_list(
     check_not_running(tx, dst)?;
     check_not_running(tx, src)?;
     if src.block_ref.is_null() {
-        *src = AllocListHead::default();
         return Ok(());
     }
-    tx.read_first(src).await?;
-    let mut first = BlockRef::default();
-    let mut before: Option<u64> = None;
-    let mut next = src.block_ref;
-    while !next.is_null() {
-        let mut this = next;
-        next = ListBlock::new(tx.read_list(&this).await?.bytes())
-            .head()
-            .next;
-        tx.dirty_ref(&mut this, Magic::AllocList).await?;
-        match before {
-            None => first = this,
-            Some(before) => set_next(tx, before, this),
-        }
-        before = Some(this.blkno.get());
-    }
-    let tail = before.expect("src has a block");
-    set_next(tx, tail, dst.block_ref);
-    dst.block_ref = first;
+    let tail = dirty_chain(tx, &mut src.block_ref).await?;
+    tx.edit(tail.blkno.get(), |b| {
+        ListBlockMut::new(b).head().next = dst.block_ref;
+    });
+    dst.block_ref = src.block_ref;
     dst.first_nr = src.first_nr;
     dst.total_nr += src.total_nr.get();
     *src = AllocListHead::default();
     Ok(())
 }
 
-fn set_next(tx: &Tx, blkno: u64, next: BlockRef) {
-    tx.edit(blkno, |bytes| ListBlockMut::new(bytes).head().next = next);
+/// Makes every block of a chain dirty; the last one.
+async fn dirty_chain(tx: &Tx, first: &mut BlockRef) -> Result<BlockRef, BlockError> {
+    dirty_list(tx, first).await?;
+    let mut at = *first;
+    loop {
+        let mut next = tx.view(at.blkno.get(), |b| ListBlock::new(b).head().next);
+        if next.is_null() {
+            return Ok(at);
+        }
+        dirty_list(tx, &mut next).await?;
+        tx.edit(at.blkno.get(), |b| ListBlockMut::new(b).head().next = next);
+        at = next;
+    }
+}
+
+async fn dirty_list(tx: &Tx, block_ref: &mut BlockRef) -> Result<(), BlockError> {
+    let block = tx.read_list(block_ref).await?;
+    tx.dirty_from(block_ref, &block, Magic::AllocList).await
 }
 
 /// Sets or clears the LOW flag of a list head.
 pub fn set_list_low(head: &mut AllocListHead, low: bool) {
-    head.flags = (head.flags.get() & !crate::format::ALLOC_FLAG_LOW | u32::from(low)).into();
+    head.flags = (head.flags.get() & !ALLOC_FLAG_LOW | u32::from(low)).into();
 }
 
 /// Whether a list head has the LOW flag.
 pub fn list_is_low(head: &AllocListHead) -> bool {
-    head.flags.get() & crate::format::ALLOC_FLAG_LOW != 0
+    head.flags.get() & ALLOC_FLAG_LOW != 0
 }

@@ -131,6 +131,13 @@ pub struct FreeExtent {
     pub len: u64,
 }
 
+impl FreeExtent {
+    /// Block after the last.
+    pub fn end(&self) -> u64 {
+        self.start + self.len
+    }
+}
+
 /// Who holds blocks of a total.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {

@@ -5,7 +5,7 @@
 //! the caller stores both whatever comes back; and a loop without progress, so a
 //! fresh budget always admits one extent.
 
-use super::free::{insert_extent, largest, next_by_order, remove_extent};
+use super::free::{apply, cut, insert_extent, largest, next_by_order, undo};
 use super::{AllocError, Bitmap, FreeExtent, Zones, ext_mod, has_zone, zones_of};
 use crate::block::{Cache, Tx};
 use crate::env::probe;
@@ -42,34 +42,38 @@ pub async fn move_extents(
                 Ok(())
             };
         }
-        let extent = pick(tx.cache(), src, total - moved, zones).await?;
-        move_one(tx, dst, src, extent).await?;
-        moved += extent.len;
+        let (stored, start) = pick(tx.cache(), src, zones).await?;
+        let len = (stored.end() - start).min(total - moved);
+        move_one(tx, dst, src, stored, FreeExtent { start, len }).await?;
+        moved += len;
     }
     Ok(())
 }
 
+/// Moves a part of a stored extent; if it can not be inserted it is put back.
 async fn move_one(
     tx: &Tx,
     dst: &mut AllocRoot,
     src: &mut AllocRoot,
-    extent: FreeExtent,
+    stored: FreeExtent,
+    part: FreeExtent,
 ) -> Result<(), AllocError> {
-    remove_extent(tx, src, extent.start, extent.len).await?;
-    if let Err(err) = insert_extent(tx, dst, extent.start, extent.len).await {
-        insert_extent(tx, src, extent.start, extent.len).await?;
+    let steps = cut(stored, part.start, part.len);
+    apply(tx, src, &steps).await?;
+    if let Err(err) = insert_extent(tx, dst, part.start, part.len).await {
+        probe("move_extents_undone");
+        undo(tx, src, &steps).await;
         return Err(err);
     }
     Ok(())
 }
 
-/// What to move next, at most `most` blocks.
+/// The stored extent to move from next, and the block to start at.
 async fn pick(
     cache: &Cache,
     src: &AllocRoot,
-    most: u64,
     zones: Option<&Zones>,
-) -> Result<FreeExtent, AllocError> {
+) -> Result<(FreeExtent, u64), AllocError> {
     let mut found = None;
     if let Some(zones) = zones {
         for map in [&zones.exclusive, &zones.vacant] {
@@ -79,23 +83,21 @@ async fn pick(
         }
     }
     if found.is_none() {
-        found = largest(cache, src).await?;
+        found = largest(cache, src)
+            .await?
+            .map(|extent| (extent, extent.start));
     }
-    let found = found.ok_or(AllocError::NoExtent)?;
-    Ok(FreeExtent {
-        start: found.start,
-        len: found.len.min(most),
-    })
+    found.ok_or(AllocError::NoExtent)
 }
 
 /// The largest order first, the lowest zone first: the first extent that touches a
-/// zone of `map`, cut so that it starts in the zone.
+/// zone of `map`, and where it starts in the zone.
 async fn find_in_zones(
     cache: &Cache,
     src: &AllocRoot,
     map: &Bitmap,
     zone_blocks: u64,
-) -> Result<Option<FreeExtent>, AllocError> {
+) -> Result<Option<(FreeExtent, u64)>, AllocError> {
     if zones_of(map).next().is_none() {
         return Ok(None);
     }
@@ -117,7 +119,7 @@ async fn find_in_order(
     map: &Bitmap,
     zone_blocks: u64,
     order: u64,
-) -> Result<Option<FreeExtent>, AllocError> {
+) -> Result<Option<(FreeExtent, u64)>, AllocError> {
     let mut zone = 0;
     while zone < DATA_ALLOC_MAX_ZONES {
         if !has_zone(map, zone) {
@@ -129,10 +131,8 @@ async fn find_in_order(
         let Some(extent) = next.filter(|extent| free_extent_order(extent.len) == order) else {
             return Ok(None);
         };
-        if extent.start < zone_start + zone_blocks {
-            let start = extent.start.max(zone_start);
-            let len = extent.start + extent.len - start;
-            return Ok(Some(FreeExtent { start, len }));
+        if extent.start < zone_start.saturating_add(zone_blocks) {
+            return Ok(Some((extent, extent.start.max(zone_start))));
         }
         // No extent of this order touches a zone before this extent's.
         zone = extent.start / zone_blocks;

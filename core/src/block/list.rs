@@ -105,6 +105,14 @@ impl<'a> ListBlockMut<'a> {
         valid.sort_unstable_by_key(|blkno| blkno.get());
     }
 
+    /// Sorts unless the entries are in order already.
+    pub(crate) fn sort_if_needed(&mut self) {
+        let entries = ListBlock::new(self.0).entries();
+        if !entries.is_sorted_by_key(|blkno| blkno.get()) {
+            self.sort();
+        }
+    }
+
     /// The first valid entry.
     pub(crate) fn first(&mut self) -> Option<u64> {
         ListBlock::new(self.0).entries().first().map(|b| b.get())

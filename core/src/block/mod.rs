@@ -17,7 +17,6 @@ mod stale;
 mod tx;
 
 pub use cache::{Cache, CacheStats};
-#[allow(unused_imports)]
 pub(crate) use list::{ListBlock, ListBlockMut};
 pub use list::{list_entries, list_head_of, verify_list};
 pub use policy::Policy;

@@ -26,6 +26,7 @@ mod walk;
 pub use free::free_blocks;
 pub use items::{Combined, combine_delta, insert_list, is_delta, read_items};
 pub use merge::{Merged, merge};
+pub(crate) use ops::undo_insert;
 pub use ops::{delete, dirty, force, insert, lookup, next, prev, rebalance, update};
 pub use parents::{get_parent, parent_range, set_parent};
 pub use verify::verify_block;

@@ -211,6 +211,30 @@ pub async fn delete(tx: &Tx, root: &mut BtreeRoot, key: &Key) -> Result<(), Btre
     Ok(())
 }
 
+/// Takes back an insert of this transaction: reads and joins nothing, because
+/// the path is dirty already, so it can not fail for want of a device. The leaf
+/// may become thin.
+///
+/// # Errors
+/// `NotFound`, and violated budgets.
+pub(crate) async fn undo_insert(
+    tx: &Tx,
+    root: &mut BtreeRoot,
+    key: &Key,
+) -> Result<(), BtreeError> {
+    let not_found = BtreeError::NotFound(*key);
+    let Some(leaf) = walk_to_leaf(tx, root, key, Intent::default()).await? else {
+        return Err(not_found);
+    };
+    tx.edit(leaf.blkno, |b| match hash::search(b, key) {
+        NONE => Err(not_found),
+        off => {
+            layout::delete_item(b, off);
+            Ok(())
+        }
+    })
+}
+
 /// Makes the path to an existing item dirty, so that changing this item later in
 /// the transaction reads and copies nothing.
 ///
