@@ -193,6 +193,21 @@ impl OmapServer {
         }
     }
 
+    /// A client has a new session: what its old one was asked, or what could not be
+    /// sent while it had none, is asked again.
+    pub fn ask_again(&self, rid: u64, out: &mut Vec<Action>) {
+        for (&req_id, pending) in &self.pending {
+            if pending.waiting_for.contains(&rid) {
+                probe("omap.asked_again");
+                let args = OpenInoMapArgs {
+                    group_nr: pending.group_nr.into(),
+                    req_id: req_id.into(),
+                };
+                out.push(Action::Ask { rid, args });
+            }
+        }
+    }
+
     /// A client left, or was fenced and reclaimed: its caches are gone and its
     /// bits no longer count.
     pub fn remove_client(&mut self, rid: u64, out: &mut Vec<Action>) {

@@ -66,6 +66,7 @@ impl ServerHooks for Hooks {
         self.0.clients.borrow_mut().insert(rid);
         self.0.count_clients();
         self.0.ask_for_locks(rid);
+        self.0.greeted(rid);
     }
 
     fn gone(&self, rid: u64) {
@@ -105,8 +106,9 @@ impl ServerHooks for Hooks {
 }
 
 impl Server {
-    /// Decides about a greeting. The client is on the open map's list before it is
-    /// no longer waited for: nobody may be told about open inodes without it.
+    /// Decides about a greeting. The client is on the open map's list here, before it
+    /// is no longer waited for ([`Server::greeted`]): nobody may be told about open
+    /// inodes without it.
     async fn greet(self: &Rc<Self>, greeting: GreetingInfo) -> Result<()> {
         let rid = greeting.rid;
         let refuse = || Err(ServerError::NotMounted { rid });
@@ -125,15 +127,21 @@ impl Server {
             probe("server.greeting.reclaimed_mount");
             return refuse();
         }
-        if greeting.first_contact {
-            if !self.departed.borrow().contains(&rid) {
-                self.omap.borrow_mut().add_client(rid);
-            }
-            let outcomes = self.recovery.borrow_mut().greeted(rid);
-            self.recovered(outcomes);
+        if greeting.first_contact && !self.departed.borrow().contains(&rid) {
+            self.omap.borrow_mut().add_client(rid);
         }
         self.farewells.kick();
         Ok(())
+    }
+
+    /// A client can be asked now, so it is no longer waited for. Not earlier: the
+    /// last one to greet would miss the questions that waited for it.
+    fn greeted(&self, rid: u64) {
+        let mut actions = Vec::new();
+        self.omap.borrow().ask_again(rid, &mut actions);
+        self.send_omap(actions);
+        let outcomes = self.recovery.borrow_mut().greeted(rid);
+        self.recovered(outcomes);
     }
 
     fn count_clients(&self) {
