@@ -242,7 +242,8 @@ impl LocalAgent {
             match judge(&record, rid).map_err(|e| failed(e.to_string()))? {
                 Verdict::Gone(why) => {
                     tracing::info!(rid = format_args!("{rid:016x}"), why, "mount is fenced");
-                    registry.forget(fsid, rid);
+                    // The record stays: a server that dies before it reclaimed the
+                    // mount leaves the same question to the next one.
                     return Ok(());
                 }
                 Verdict::Alive(why) if poll % 50 == 0 => {

@@ -353,7 +353,7 @@ impl Session {
                     tracing::error!(unique, error = %err, "the kernel refused an answer");
                     if parts.iter().any(|p| !p.is_empty()) {
                         // It still waits for some answer.
-                        return self.send(unique, Err(Errno::EIO), &[]) && false;
+                        self.send(unique, Err(Errno::EIO), &[]);
                     }
                 }
                 false

@@ -242,7 +242,7 @@ fn files_directories_and_links() {
 #[test]
 fn large_and_direct_io_arrive_whole() {
     let Some(m) = mount() else { return };
-    let data: Vec<u8> = (0..5_000_000u32).map(|n| (n * 7 >> 3) as u8).collect();
+    let data: Vec<u8> = (0..5_000_000u32).map(|n| ((n * 7) >> 3) as u8).collect();
     fs::write(m.path("big"), &data).unwrap();
     assert!(fs::read(m.path("big")).unwrap() == data);
     let ino = fs::metadata(m.path("big")).unwrap().ino();
