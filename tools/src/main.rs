@@ -15,6 +15,7 @@ mod block_on;
 mod cmd;
 mod error;
 mod filedev;
+mod helper;
 mod known;
 mod number;
 
@@ -37,7 +38,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let args = helper::rewrite(std::env::args_os().collect());
     let program = program_name(args.first());
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,

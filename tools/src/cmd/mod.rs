@@ -7,7 +7,10 @@ pub mod check;
 pub mod completions;
 pub mod man;
 pub mod mkfs;
+pub mod mount;
 pub mod prepare_empty_data_device;
+pub mod umount;
+pub mod up;
 
 use crate::error::CmdError;
 use clap::Subcommand;
@@ -21,6 +24,12 @@ pub enum Command {
     Mkfs(mkfs::Args),
     /// Check every invariant of a volume
     Check(check::Args),
+    /// Mount a volume
+    Mount(mount::Args),
+    /// Unmount a volume and wait until it is committed
+    Umount(umount::Args),
+    /// Make a volume in two files and mount it, no flags needed
+    Up(up::Args),
     /// Raise the format version of an unmounted volume
     ChangeFormatVersion(change_format_version::Args),
     /// Replace the quorum slots of an unmounted volume
@@ -41,6 +50,9 @@ impl Command {
         match self {
             Self::Mkfs(_) => "mkfs",
             Self::Check(_) => "check",
+            Self::Mount(_) => "mount",
+            Self::Umount(_) => "umount",
+            Self::Up(_) => "up",
             Self::ChangeFormatVersion(_) => "change-format-version",
             Self::ChangeQuorumConfig(_) => "change-quorum-config",
             Self::PrepareEmptyDataDevice(_) => "prepare-empty-data-device",
@@ -55,6 +67,9 @@ impl Command {
         match self {
             Self::Mkfs(args) => done(args.run()),
             Self::Check(args) => args.run(),
+            Self::Mount(args) => done(args.run()),
+            Self::Umount(args) => done(args.run()),
+            Self::Up(args) => done(args.run()),
             Self::ChangeFormatVersion(args) => done(args.run()),
             Self::ChangeQuorumConfig(args) => done(args.run()),
             Self::PrepareEmptyDataDevice(args) => done(args.run()),
@@ -67,4 +82,16 @@ impl Command {
 
 fn done(result: Result<(), CmdError>) -> Result<ExitCode, CmdError> {
     result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Sends the log of a daemon in the foreground to stderr; `OUTRIDER_LOG` chooses
+/// what (like `info` or `outrider_core::server=debug`), warnings by default.
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("OUTRIDER_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .try_init();
 }

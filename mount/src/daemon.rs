@@ -1,0 +1,402 @@
+//! One mount from its start to its end: the record on this host, the actors, the
+//! kernel's mount, signals, the unmount.
+//!
+//! | what ends it | what is done |
+//! |---|---|
+//! | `umount` | commit, farewell, quorum agent, record removed |
+//! | SIGTERM, SIGINT, SIGHUP | the same, after unmounting; detached if it is busy |
+//! | `umount -f`, the connection's `abort` file | forced: nothing more is written |
+//! | declared dead by the cluster | forced |
+//!
+//! What can go wrong: an unmount that returns before the daemon has committed. The
+//! daemon holds a lock on its run file until its very end, and the umount helpers
+//! wait for that lock.
+
+use crate::fence::{AssumeDead, LocalAgent, Registry};
+use crate::kernel::{self, KernelError, KernelOptions, Unmount};
+use crate::notify::Notifier;
+use crate::options::{FenceChoice, MountOptions};
+use crate::session::{Ended, Session, SessionOptions};
+use outrider_core::env::{DeviceRole, Duration, Either, Env, Gate, race};
+use outrider_core::errno::Errno;
+use outrider_core::node::{Mount, MountError};
+use outrider_core::server::FenceAgent;
+use outrider_core::volume::{VolumeError, read_mount_supers};
+use outrider_disk::lock::try_lock_file;
+use outrider_disk::{IoConfig, Reactor, Runtime, RuntimeConfig, VolumeFiles};
+use outrider_net::NetThread;
+use rustix::fd::OwnedFd;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::FromRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// How long a busy mount may go on after the first signal before it is detached.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+/// How long users of a detached mount may go on.
+const DETACHED_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What to mount where.
+#[derive(Clone, Debug)]
+pub struct DaemonConfig {
+    /// Data device; the metadata device is in the options.
+    pub data: PathBuf,
+    /// Where.
+    pub mountpoint: PathBuf,
+    /// How.
+    pub options: MountOptions,
+}
+
+/// Why a mount failed, or ended badly.
+#[derive(Debug, Error)]
+pub enum DaemonError {
+    /// A path cannot be used.
+    #[error("{path}: {source}")]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A part of the machine is missing.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The kernel's mount failed.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The super blocks cannot be read.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// The volume could not be mounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The mount was cut off; what was not synced is lost.
+    #[error("the mount was forced to end: what was not synced is lost")]
+    Forced,
+}
+
+impl DaemonError {
+    /// The number that mount(2) would give.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Mount(error) => error.errno(),
+            Self::Volume(error) => error.mount_errno(),
+            Self::Path { source, .. } | Self::System { source, .. } => {
+                Errno(source.raw_os_error().unwrap_or(Errno::EIO.0))
+            }
+            Self::Kernel(_) | Self::Forced => Errno::EIO,
+        }
+    }
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
+    move |source| DaemonError::System { what, source }
+}
+
+/// The file whose lock a daemon holds while it lives.
+///
+/// # Errors
+/// If the directory of run files cannot be made.
+pub fn run_file(mountpoint: &Path) -> io::Result<PathBuf> {
+    let dir = match std::env::var_os("XDG_RUNTIME_DIR") {
+        _ if kernel::is_root() => PathBuf::from("/run/outrider"),
+        Some(dir) => PathBuf::from(dir).join("outrider"),
+        None => std::env::temp_dir().join(format!("outrider-{}", rustix::process::getuid().as_raw())),
+    };
+    fs::create_dir_all(&dir)?;
+    let name: String = full_path(mountpoint)
+        .as_os_str()
+        .as_bytes()
+        .iter()
+        .map(|&byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => {
+                char::from(byte).to_string()
+            }
+            other => format!("%{other:02x}"),
+        })
+        .collect();
+    Ok(dir.join(name))
+}
+
+/// The mount point's path without links, found without looking at the mount
+/// itself, whose daemon may be dead.
+pub fn full_path(mountpoint: &Path) -> PathBuf {
+    let absolute = std::path::absolute(mountpoint).unwrap_or_else(|_| mountpoint.to_owned());
+    match (absolute.parent().and_then(|dir| fs::canonicalize(dir).ok()), absolute.file_name()) {
+        (Some(dir), Some(name)) => dir.join(name),
+        _ => absolute,
+    }
+}
+
+/// Takes away what a daemon that was killed left mounted here. The run file is
+/// held, so no daemon of ours serves it.
+fn detach_dead(mountpoint: &Path) {
+    let dead = std::fs::metadata(mountpoint)
+        .is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN));
+    if dead {
+        tracing::warn!(path = %mountpoint.display(), "detaching a mount whose daemon is gone");
+        let _ = kernel::unmount(mountpoint, Unmount { lazy: true, ..Unmount::default() });
+    }
+}
+
+/// Mounts and serves until the mount ends. `ready` runs when it is usable.
+///
+/// # Errors
+/// As [`DaemonError`]; after an error nothing is mounted.
+pub fn run(config: &DaemonConfig, ready: impl FnOnce()) -> Result<(), DaemonError> {
+    // Once it is mounted, looking at it would wait for ourselves.
+    let mountpoint = full_path(&config.mountpoint);
+    let config = &DaemonConfig { mountpoint, ..config.clone() };
+    let held = hold_run_file(&config.mountpoint)?;
+    detach_dead(&config.mountpoint);
+    kernel::check_mountpoint(&config.mountpoint)?;
+    // Blocked before any thread starts, so that every thread has them blocked.
+    let signals = Arc::new(signal_fd().map_err(system("signalfd"))?);
+    let net = NetThread::start().map_err(system("network thread"))?;
+    let sockets = net.sockets(config.options.keepalive);
+    let rid = random_rid().map_err(system("random numbers"))?;
+    let mut volume = VolumeFiles::new(&config.options.metadev_path, &config.data);
+    volume.liveness = Some(rid);
+    let runtime = Runtime::new(RuntimeConfig {
+        network: Arc::new(move || Rc::new(sockets.network())),
+        volume: Some(volume),
+        io: IoConfig::default(),
+    });
+    let result = runtime
+        .run(|env| serve(env, config, rid, signals, ready))
+        .map_err(system("event loop"))
+        .and_then(|served| served);
+    runtime.join();
+    drop(net);
+    drop(held);
+    result
+}
+
+fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
+    let path = run_file(mountpoint).map_err(system("run directory"))?;
+    let fail = |source| DaemonError::Path { path: path.clone(), source };
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(fail)?;
+    if !try_lock_file(&file).map_err(fail)? {
+        return Err(fail(io::Error::other("another daemon serves this mount point")));
+    }
+    file.set_len(0).map_err(fail)?;
+    io::Write::write_all(&mut &file, format!("{}\n", std::process::id()).as_bytes())
+        .map_err(fail)?;
+    Ok(file)
+}
+
+async fn serve(
+    env: Env,
+    config: &DaemonConfig,
+    rid: u64,
+    signals: Arc<OwnedFd>,
+    ready: impl FnOnce(),
+) -> Result<(), DaemonError> {
+    let options = &config.options;
+    let fsid = read_fsid(&env).await?;
+    let registry = Registry::open().map_err(system("registry of mounts"))?;
+    let registered = registry
+        .register(fsid, rid, &options.metadev_path, &config.data)
+        .map_err(system("registry of mounts"))?;
+    let fence: Arc<dyn FenceAgent> = match options.fence {
+        FenceChoice::Local => Arc::new(LocalAgent::new(registry, fsid)),
+        FenceChoice::AssumeDead => Arc::new(AssumeDead),
+    };
+    let notifier = Rc::new(Notifier::new().map_err(system("notifier thread"))?);
+    let give_up = Gate::default();
+    let mounting =
+        Mount::start(&env, rid, options.node_config(fence), notifier.clone(), &give_up);
+    let mount = match race(mounting, next_signal(&signals)).await {
+        Either::Left(mounted) => mounted?,
+        // The process ends: what waits with it is gone, as after a crash.
+        Either::Right(()) => return Err(MountError::GivenUp.into()),
+    };
+    let served = serve_kernel(&env, config, &mount, &notifier, &signals, ready).await;
+    match served {
+        Ok(Ended::Unmounted) => {
+            mount.unmount().await;
+            registered.unregister();
+            Ok(())
+        }
+        Ok(Ended::Aborted) => {
+            mount.force_unmount().await;
+            Err(DaemonError::Forced)
+        }
+        Err(error) => {
+            // Nobody has used it: leave as cleanly as one who was never there.
+            mount.unmount().await;
+            registered.unregister();
+            Err(error)
+        }
+    }
+}
+
+async fn read_fsid(env: &Env) -> Result<u64, DaemonError> {
+    let open = |role| {
+        env.devices
+            .open(role)
+            .map_err(|source| MountError::Device { role, source })
+    };
+    let (meta, data) = (open(DeviceRole::Meta)?, open(DeviceRole::Data)?);
+    let supers = read_mount_supers(&*meta, &*data, &*env.clock).await?;
+    Ok(supers.meta.hdr.fsid.get())
+}
+
+async fn serve_kernel(
+    env: &Env,
+    config: &DaemonConfig,
+    mount: &Rc<Mount>,
+    notifier: &Rc<Notifier>,
+    signals: &Arc<OwnedFd>,
+    ready: impl FnOnce(),
+) -> Result<Ended, DaemonError> {
+    let options = &config.options;
+    let has = |flag: &str| options.flags.iter().any(|f| f == flag);
+    let root = kernel::is_root();
+    let kernel_options = KernelOptions {
+        fsname: config.data.display().to_string(),
+        allow_other: options.allow_other || root,
+        read_only: options.read_only,
+        suid: root && !has("nosuid"),
+        dev: root && !has("nodev"),
+        exec: !has("noexec"),
+        noatime: has("noatime"),
+    };
+    let fd = Arc::new(kernel::mount(&config.mountpoint, &kernel_options)?);
+    let session = Session::new(fd.clone(), SessionOptions::default());
+    let running = {
+        let session = session.clone();
+        let fs = mount.fs().clone();
+        async move { session.run(fs).await }
+    };
+    let agreed = {
+        let (session, notifier) = (session.clone(), notifier.clone());
+        let mountpoint = config.mountpoint.clone();
+        async move {
+            session.ready().await;
+            notifier.attach(fd, session.agreed());
+            widen_readahead(&mountpoint);
+            ready();
+            std::future::pending::<()>().await;
+        }
+    };
+    let asked = end_when_asked(env, config, mount, signals);
+    let outcome = match race(race(running, agreed), asked).await {
+        Either::Left(Either::Left(ended)) => ended.map_err(system("/dev/fuse")),
+        Either::Left(Either::Right(())) => unreachable!("the hook never ends"),
+        Either::Right(ended) => Ok(ended),
+    };
+    if outcome.is_ok() {
+        let bounded = env.clock.now() + DETACHED_PATIENCE;
+        outrider_core::env::timeout(&*env.clock, bounded, session.drained()).await;
+    }
+    outcome
+}
+
+/// Ends the kernel's mount on a signal, or gives up when the cluster says so. The
+/// session's own end is what usually finishes the race; this finishes it for
+/// users that do not leave.
+async fn end_when_asked(
+    env: &Env,
+    config: &DaemonConfig,
+    mount: &Rc<Mount>,
+    signals: &Arc<OwnedFd>,
+) -> Ended {
+    match race(next_signal(signals), mount.evicted()).await {
+        Either::Left(()) => {}
+        Either::Right(()) => {
+            detach(config, Unmount { force: true, lazy: true });
+            return Ended::Aborted;
+        }
+    }
+    tracing::info!("unmounting on a signal");
+    let deadline = env.clock.now() + BUSY_PATIENCE;
+    while !detach(config, Unmount::default()).await.unwrap_or(false) {
+        if env.clock.now() >= deadline {
+            tracing::warn!("the mount is busy: it is detached, and ends in a moment");
+            let _ = detach(config, Unmount { lazy: true, ..Unmount::default() }).await;
+            break;
+        }
+        env.sleep(Duration::from_millis(50)).await;
+    }
+    env.sleep(DETACHED_PATIENCE).await;
+    Ended::Unmounted
+}
+
+/// Unmounts on a thread of its own: the kernel still sends requests meanwhile.
+/// The answer is whether it worked.
+fn detach(config: &DaemonConfig, how: Unmount) -> tokio::sync::oneshot::Receiver<bool> {
+    let (done, wait) = tokio::sync::oneshot::channel();
+    let mountpoint = config.mountpoint.clone();
+    std::thread::spawn(move || {
+        let _ = done.send(kernel::unmount(&mountpoint, how).is_ok());
+    });
+    wait
+}
+
+fn widen_readahead(mountpoint: &Path) {
+    const READAHEAD_KIB: u32 = 1024;
+    let Ok(mounts) = kernel::mounts() else { return };
+    if let Some(mounted) = mounts.iter().rev().find(|m| m.mountpoint == mountpoint) {
+        kernel::widen_readahead(&mounted.device, READAHEAD_KIB);
+    }
+}
+
+fn random_rid() -> io::Result<u64> {
+    loop {
+        let mut bytes = [0; 8];
+        io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
+        let rid = u64::from_ne_bytes(bytes);
+        if rid != 0 && rid != u64::MAX {
+            return Ok(rid);
+        }
+    }
+}
+
+/// Blocks the signals that end a daemon and makes them readable.
+fn signal_fd() -> io::Result<OwnedFd> {
+    // SAFETY: the set is initialised by sigemptyset before use, and the calls only
+    // read it.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&raw mut set, signal);
+        }
+        if libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+async fn next_signal(signals: &Arc<OwnedFd>) {
+    let reactor = Reactor::current();
+    loop {
+        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+        match rustix::io::read(&**signals, &mut info) {
+            Ok(len) if len == info.len() => return,
+            _ => {
+                reactor.readable(signals).await;
+            }
+        }
+    }
+}
