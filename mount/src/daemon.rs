@@ -110,7 +110,9 @@ pub fn run_file(mountpoint: &Path) -> io::Result<PathBuf> {
     let dir = match std::env::var_os("XDG_RUNTIME_DIR") {
         _ if kernel::is_root() => PathBuf::from("/run/outrider"),
         Some(dir) => PathBuf::from(dir).join("outrider"),
-        None => std::env::temp_dir().join(format!("outrider-{}", rustix::process::getuid().as_raw())),
+        None => {
+            std::env::temp_dir().join(format!("outrider-{}", rustix::process::getuid().as_raw()))
+        }
     };
     fs::create_dir_all(&dir)?;
     let name: String = full_path(mountpoint)
@@ -131,7 +133,10 @@ pub fn run_file(mountpoint: &Path) -> io::Result<PathBuf> {
 /// itself, whose daemon may be dead.
 pub fn full_path(mountpoint: &Path) -> PathBuf {
     let absolute = std::path::absolute(mountpoint).unwrap_or_else(|_| mountpoint.to_owned());
-    match (absolute.parent().and_then(|dir| fs::canonicalize(dir).ok()), absolute.file_name()) {
+    match (
+        absolute.parent().and_then(|dir| fs::canonicalize(dir).ok()),
+        absolute.file_name(),
+    ) {
         (Some(dir), Some(name)) => dir.join(name),
         _ => absolute,
     }
@@ -144,7 +149,13 @@ fn detach_dead(mountpoint: &Path) {
         .is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN));
     if dead {
         tracing::warn!(path = %mountpoint.display(), "detaching a mount whose daemon is gone");
-        let _ = kernel::unmount(mountpoint, Unmount { lazy: true, ..Unmount::default() });
+        let _ = kernel::unmount(
+            mountpoint,
+            Unmount {
+                lazy: true,
+                ..Unmount::default()
+            },
+        );
     }
 }
 
@@ -155,7 +166,10 @@ fn detach_dead(mountpoint: &Path) {
 pub fn run(config: &DaemonConfig, ready: impl FnOnce()) -> Result<(), DaemonError> {
     // Once it is mounted, looking at it would wait for ourselves.
     let mountpoint = full_path(&config.mountpoint);
-    let config = &DaemonConfig { mountpoint, ..config.clone() };
+    let config = &DaemonConfig {
+        mountpoint,
+        ..config.clone()
+    };
     let held = hold_run_file(&config.mountpoint)?;
     detach_dead(&config.mountpoint);
     kernel::check_mountpoint(&config.mountpoint)?;
@@ -183,7 +197,10 @@ pub fn run(config: &DaemonConfig, ready: impl FnOnce()) -> Result<(), DaemonErro
 
 fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
     let path = run_file(mountpoint).map_err(system("run directory"))?;
-    let fail = |source| DaemonError::Path { path: path.clone(), source };
+    let fail = |source| DaemonError::Path {
+        path: path.clone(),
+        source,
+    };
     let file = File::options()
         .create(true)
         .truncate(false)
@@ -191,7 +208,9 @@ fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
         .open(&path)
         .map_err(fail)?;
     if !try_lock_file(&file).map_err(fail)? {
-        return Err(fail(io::Error::other("another daemon serves this mount point")));
+        return Err(fail(io::Error::other(
+            "another daemon serves this mount point",
+        )));
     }
     file.set_len(0).map_err(fail)?;
     io::Write::write_all(&mut &file, format!("{}\n", std::process::id()).as_bytes())
@@ -218,8 +237,13 @@ async fn serve(
     };
     let notifier = Rc::new(Notifier::new().map_err(system("notifier thread"))?);
     let give_up = Gate::default();
-    let mounting =
-        Mount::start(&env, rid, options.node_config(fence), notifier.clone(), &give_up);
+    let mounting = Mount::start(
+        &env,
+        rid,
+        options.node_config(fence),
+        notifier.clone(),
+        &give_up,
+    );
     let mount = match race(mounting, next_signal(&signals)).await {
         Either::Left(mounted) => mounted?,
         // The process ends: what waits with it is gone, as after a crash.
@@ -319,7 +343,13 @@ async fn end_when_asked(
     match race(next_signal(signals), mount.evicted()).await {
         Either::Left(()) => {}
         Either::Right(()) => {
-            detach(config, Unmount { force: true, lazy: true });
+            detach(
+                config,
+                Unmount {
+                    force: true,
+                    lazy: true,
+                },
+            );
             return Ended::Aborted;
         }
     }
@@ -328,7 +358,14 @@ async fn end_when_asked(
     while !detach(config, Unmount::default()).await.unwrap_or(false) {
         if env.clock.now() >= deadline {
             tracing::warn!("the mount is busy: it is detached, and ends in a moment");
-            let _ = detach(config, Unmount { lazy: true, ..Unmount::default() }).await;
+            let _ = detach(
+                config,
+                Unmount {
+                    lazy: true,
+                    ..Unmount::default()
+                },
+            )
+            .await;
             break;
         }
         env.sleep(Duration::from_millis(50)).await;

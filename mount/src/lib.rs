@@ -17,6 +17,7 @@
 )]
 
 pub mod abi;
+pub mod daemon;
 pub mod fence;
 pub mod ioctl;
 pub mod kernel;

@@ -7,7 +7,11 @@ use std::path::Path;
 
 /// The command line to parse: the given one, or ours for a helper's.
 pub fn rewrite(args: Vec<OsString>) -> Vec<OsString> {
-    let name = args.first().map(Path::new).and_then(Path::file_name).and_then(OsStr::to_str);
+    let name = args
+        .first()
+        .map(Path::new)
+        .and_then(Path::file_name)
+        .and_then(OsStr::to_str);
     match name {
         Some(name) if name.starts_with("mount.") => mount(&args),
         Some(name) if name.starts_with("umount.") => umount(&args),
@@ -69,8 +73,10 @@ mod tests {
 
     fn rewritten(line: &str) -> String {
         let args = line.split(' ').map(OsString::from).collect();
-        let out: Vec<String> =
-            rewrite(args).iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
+        let out: Vec<String> = rewrite(args)
+            .iter()
+            .map(|arg| arg.to_string_lossy().into_owned())
+            .collect();
         out.join(" ")
     }
 

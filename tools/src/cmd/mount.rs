@@ -48,7 +48,11 @@ impl Args {
             return self.in_background();
         }
         super::log_to_stderr();
-        let config = DaemonConfig { data: self.data, mountpoint: self.dir, options };
+        let config = DaemonConfig {
+            data: self.data,
+            mountpoint: self.dir,
+            options,
+        };
         let ready_fd = self.ready_fd;
         daemon::run(&config, move || report_ready(ready_fd))
             .map_err(|error| CmdError::new(error.errno(), error))
@@ -67,7 +71,14 @@ impl Args {
         let fd = writer.as_raw_fd();
         let mut command = Command::new(program);
         command
-            .args(["mount", "--foreground", "--ready-fd", &fd.to_string(), "-o", &self.options])
+            .args([
+                "mount",
+                "--foreground",
+                "--ready-fd",
+                &fd.to_string(),
+                "-o",
+                &self.options,
+            ])
             .arg("--")
             .args([absolute(&self.data), absolute(&self.dir)])
             .stdin(Stdio::null())

@@ -12,7 +12,9 @@ use std::path::PathBuf;
 /// `umount(8)` returns earlier, when the kernel is done, unless it finds this
 /// program as /sbin/umount.fuse.outrider.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Examples:\n  outrider umount /mnt/volume\n  outrider umount -f /mnt/volume")]
+#[command(
+    after_help = "Examples:\n  outrider umount /mnt/volume\n  outrider umount -f /mnt/volume"
+)]
 pub struct Args {
     /// Force: what was not synced is lost, and the mount has to be fenced.
     #[arg(short, long)]
@@ -30,7 +32,10 @@ impl Args {
         let dir = daemon::full_path(&self.dir);
         let run_file = daemon::run_file(&dir)
             .map_err(|e| CmdError::new(Errno::EIO, format!("run directory: {e}")))?;
-        let how = Unmount { force: self.force, lazy: self.lazy };
+        let how = Unmount {
+            force: self.force,
+            lazy: self.lazy,
+        };
         kernel::unmount(&dir, how).map_err(|e| CmdError::io("unmount", &dir, &e))?;
         if self.lazy {
             return Ok(());

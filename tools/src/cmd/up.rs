@@ -51,7 +51,11 @@ impl Args {
             ..MountOptions::default()
         };
         let shown = daemon::full_path(&mountpoint);
-        let config = DaemonConfig { data, mountpoint, options };
+        let config = DaemonConfig {
+            data,
+            mountpoint,
+            options,
+        };
         let ready = || {
             println!("ready: {}", shown.display());
             println!("Ctrl-C (or SIGTERM) unmounts; the volume stays for next time.");
@@ -68,7 +72,8 @@ fn make_volume(meta: &Path, data: &Path) -> Result<(), CmdError> {
     let sparse = |path: &Path| -> Result<PathBuf, CmdError> {
         let path = path.with_extension("new");
         let file = File::create(&path).map_err(|e| CmdError::io("create", &path, &e))?;
-        file.set_len(MIN_DEVICE_BYTES).map_err(|e| CmdError::io("extend", &path, &e))?;
+        file.set_len(MIN_DEVICE_BYTES)
+            .map_err(|e| CmdError::io("extend", &path, &e))?;
         Ok(path)
     };
     let (new_meta, new_data) = (sparse(meta)?, sparse(data)?);
