@@ -14,7 +14,7 @@ use outrider_core::fs::Fs;
 use outrider_core::fs::api::{Caller, Inval, KernelCache, Posix, SetAttr, WriteHow, XattrSet};
 use outrider_core::node::{Mount, NodeConfig};
 use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
-use outrider_core::volume::{MkfsOptions, mkfs};
+use outrider_core::volume::{CheckOptions, MkfsOptions, check, mkfs};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -81,6 +81,17 @@ fn config(rng: &TestEntropy) -> NodeConfig {
     config
 }
 
+/// Every invariant of the specification holds on the devices.
+fn is_sound(world: &TestWorld) {
+    let options = CheckOptions {
+        strict: true,
+        ..CheckOptions::default()
+    };
+    let devices = (world.meta.snapshot(), world.data.snapshot());
+    let report = world.block_on(check(devices.0.handle(), devices.1.handle(), &options));
+    assert!(report.is_clean(), "{:#?}", report.problems);
+}
+
 impl Mounted {
     fn make(seed: u64) -> Self {
         let world = TestWorld::with_network(seed, 64 << 30, 128 << 30, network());
@@ -118,6 +129,7 @@ impl Mounted {
         world.data.power_loss(&*world.entropy);
         let (meta, data) = (world.meta.snapshot(), world.data.snapshot());
         let seed = world.entropy.next_u64();
+        is_sound(&world);
         // Nothing of the old node runs any more.
         std::mem::forget((world, mount));
         Self::over(TestWorld::over(seed, meta, data, network()))
@@ -125,6 +137,7 @@ impl Mounted {
 
     fn unmount(self) -> TestWorld {
         self.world.block_on(self.mount.unmount());
+        is_sound(&self.world);
         self.world
     }
 
