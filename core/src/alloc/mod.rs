@@ -17,6 +17,8 @@ mod zones;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod world_tests;
 
 pub use data::{DataAlloc, root_is_low, set_root_low};
 pub use free::{alloc_extent, ext_mod, insert_extent, read_extents, remove_extent};

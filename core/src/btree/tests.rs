@@ -413,14 +413,14 @@ fn random_run(seed: u64, faults: bool) {
 
 #[test]
 fn random_operations_equal_a_map_and_lose_no_block() {
-    for seed in 0..60 {
+    for seed in 0..24 {
         random_run(seed, false);
     }
 }
 
 #[test]
 fn io_errors_and_power_loss_leave_the_last_commit_whole() {
-    for seed in 1000..1060 {
+    for seed in 1000..1024 {
         random_run(seed, true);
     }
 }
