@@ -293,7 +293,7 @@ pub async fn read_extents(
         u8::MAX,
     );
     let mut at = Key::new(ZONE_FREE_EXTENT_BLKNO, 0, 0, 0, 0, 0);
-    while root.root.height > 0 {
+    loop {
         let mut range = KeyRange::new(at, end);
         let mut bad = Ok(());
         btree::read_items(cache, &root.root, &at, &mut range, &mut |it| match decode(
@@ -305,9 +305,8 @@ pub async fn read_extents(
         .await?;
         bad?;
         if range.end >= end {
-            break;
+            return Ok(());
         }
         at = range.end.inc();
     }
-    Ok(())
 }

@@ -97,7 +97,10 @@ fn seven_items_in_a_leaf_lie_as_the_original_lays_them() {
 fn leaf_sizes(vol: &Vol, root: &BtreeRoot) -> Vec<usize> {
     let mut sizes = Vec::new();
     let mut at = Key::ZEROS;
-    while root.height > 0 {
+    if root.height == 0 {
+        return sizes;
+    }
+    loop {
         let (mut range, mut nr) = (KeyRange::ALL, 0);
         block_on(read_items(&vol.cache, root, &at, &mut range, &mut |_| {
             nr += 1;
@@ -428,8 +431,10 @@ fn io_errors_and_power_loss_leave_the_last_commit_whole() {
 #[test]
 fn running_out_of_blocks_at_any_allocation_leaves_a_tree_to_abandon() {
     for spare in 2..40 {
-        let mut policy = Policy::default();
-        policy.btree_space = Policy::BTREE_SPACE_MIN;
+        let policy = Policy {
+            btree_space: Policy::BTREE_SPACE_MIN,
+            ..Policy::default()
+        };
         let vol = Vol::new(spare, 4 + spare, policy);
         let mut root = BtreeRoot::default();
         let mut failed = false;
@@ -484,9 +489,7 @@ fn list_item(key: Key, seq: u64, value: Vec<u8>) -> ListItem {
 
 #[test]
 fn leaves_emptied_by_deltas_are_joined_by_the_next_merge() {
-    let mut policy = Policy::default();
-    policy.cache_blocks = 1000;
-    let vol = Vol::new(3, 400, policy);
+    let vol = Vol::new(3, 400, Policy::default());
     let plus = log_of(
         &vol,
         (0..5000)
