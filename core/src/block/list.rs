@@ -113,6 +113,12 @@ impl<'a> ListBlockMut<'a> {
         }
     }
 
+    /// Exchanges the first and the last entry (for a planted bug).
+    pub(crate) fn last_first(&mut self) {
+        let (start, nr) = (self.head().start.get(), self.head().nr.get());
+        self.slots().swap(start as usize, (start + nr - 1) as usize);
+    }
+
     /// The first valid entry.
     pub(crate) fn first(&mut self) -> Option<u64> {
         ListBlock::new(self.0).entries().first().map(|b| b.get())

@@ -474,14 +474,19 @@ impl Tx {
         let state = &mut *self.state.borrow_mut();
         // Mutant: breaks spec 03 section 21, "frees never feed allocations of
         // the same transaction".
-        let head = if mutant("freed_block_reused") {
+        let reuse = mutant("freed_block_reused");
+        let head = if reuse {
             &mut state.avail
         } else {
             &mut state.freed
         };
         self.cache
             .edit(head.block_ref.blkno.get(), self.id, |bytes| {
-                ListBlockMut::new(bytes).add(head, blkno);
+                let mut block = ListBlockMut::new(bytes);
+                block.add(head, blkno);
+                if reuse {
+                    block.last_first();
+                }
             });
     }
 

@@ -695,3 +695,19 @@ fn a_damaged_block_is_refused_and_never_panics() {
         "only {refused} of 3000 damaged blocks were refused"
     );
 }
+
+#[cfg(feature = "mutants")]
+#[test]
+fn planted_bugs_are_found_by_random_operations() {
+    use crate::env::set_mutant;
+    use std::panic::catch_unwind;
+    for (name, faults) in [
+        ("join_wrong_parent_key", false),
+        ("freed_block_reused", true),
+    ] {
+        set_mutant(Some(name));
+        let found = (0..60).any(|seed| catch_unwind(|| random_run(seed, faults)).is_err());
+        set_mutant(None);
+        assert!(found, "{name} was not found");
+    }
+}
