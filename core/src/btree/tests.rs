@@ -601,6 +601,88 @@ fn merging_in_small_windows_and_steps_equals_merging_maps() {
     }
 }
 
+/// What a server and its merging clients do: each level-1 range is cut out,
+/// merged by itself, put back, and rebalanced where a merge could not go on.
+fn merge_by_parents(vol: &mut Vol, root: &mut BtreeRoot, log: &BtreeRoot, others: &[BtreeRoot]) {
+    let mut key = Key::ZEROS;
+    let mut steps = 0;
+    loop {
+        steps += 1;
+        assert!(steps < 3000, "no progress at {key}");
+        let mut range = block_on(parent_range(&vol.cache, root, &key)).unwrap();
+        let mut parent = block_on(get_parent(&vol.cache, root, &key)).unwrap();
+        let end = range.end;
+        range.start = key;
+        let subtree = root.height > 2;
+        let res = block_on(merge(&vol.tx, &mut parent, &[*log], range, subtree)).unwrap();
+        block_on(set_parent(&vol.tx, root, &key, &parent)).unwrap();
+        let next = match res {
+            Merged::All if end.is_ones() => break,
+            Merged::All => end.inc(),
+            Merged::Until(next) => next,
+        };
+        block_on(rebalance(&vol.tx, root, &next)).unwrap();
+        key = next;
+        vol.commit();
+        let mut roots = others.to_vec();
+        roots.push(*root);
+        if steps % 8 == 0 {
+            vol.census(&roots, &[], &[]);
+        }
+    }
+    vol.commit();
+}
+
+#[test]
+fn merges_cut_by_level_1_blocks_equal_a_map() {
+    for seed in 0..8 {
+        let rng = TestEntropy::new(seed);
+        let policy = Policy {
+            btree_space: Policy::BTREE_SPACE_MIN,
+            cache_blocks: [8, 2000][rng.range(0, 2) as usize],
+            merge_dirty_blocks: [12, 100_000][rng.range(0, 2) as usize],
+            ..Policy::default()
+        };
+        let mut vol = Vol::new(seed, 5000, policy);
+        let (mut root, mut model) = (BtreeRoot::default(), BTreeMap::new());
+        for round in 1..6 {
+            let mut items = BTreeMap::new();
+            let (from, spread) = (rng.range(1, 4000), rng.range(1, 8000));
+            for _ in 0..rng.range(1, 3000) {
+                let at = key(from + rng.range(0, spread));
+                let deletes = round % 2 == 0 && rng.chance(4, 5);
+                let mut item = list_item(at, round, vec![2; rng.range(0, 200) as usize]);
+                if deletes {
+                    (item.flags, item.value) = (ITEM_FLAG_DELETION, Bytes::new());
+                }
+                items.insert(at, item);
+            }
+            for it in items.values() {
+                match it.flags {
+                    0 => model.insert(it.key, (it.seq, it.value.to_vec())),
+                    _ => model.remove(&it.key),
+                };
+            }
+            let log = log_of(&vol, items.into_values().collect());
+            merge_by_parents(&mut vol, &mut root, &log, &[log]);
+            vol.census(&[root, log], &[], &[]);
+            let mut progress = Key::ZEROS;
+            while !progress.is_ones() {
+                block_on(free_blocks(&vol.tx, &log, &mut progress, 30)).unwrap();
+                vol.commit();
+            }
+            vol.census(&[root], &[], &[]);
+            let mut found = BTreeMap::new();
+            let mut at = Key::ZEROS;
+            while let Some(it) = block_on(next(&vol.cache, &root, &at)).unwrap() {
+                at = it.key.inc();
+                found.insert(it.key, (it.seq, it.value.to_vec()));
+            }
+            assert!(found == model, "seed {seed} round {round}");
+        }
+    }
+}
+
 #[test]
 fn level_1_blocks_are_taken_out_changed_and_put_back() {
     let policy = Policy {
