@@ -266,6 +266,18 @@ fn same(found: &Shown, expected: &Shown) {
     }
 }
 
+/// Polls a future so many times, other tasks in between; whether it ended.
+async fn polled(mut future: std::pin::Pin<&mut impl Future<Output = ()>>, times: u64) -> bool {
+    for _ in 0..times {
+        let poll = std::future::poll_fn(|cx| std::task::Poll::Ready(future.as_mut().poll(cx)));
+        if poll.await.is_ready() {
+            return true;
+        }
+        outrider_core::env::testing::yield_now().await;
+    }
+    false
+}
+
 fn contents(model: &Model) -> BTreeMap<u64, Vec<u8>> {
     let data = |(ino, node): (&u64, &Node)| (*ino, node.data.clone());
     model.nodes.iter().map(data).collect()
@@ -489,6 +501,46 @@ impl Crasher {
         self.since.push((shown(model), contents(model)));
     }
 
+    /// As [`Crasher::crash`], while an operation and perhaps a commit are under way.
+    fn crash_in_step(&mut self) {
+        let m = self.m();
+        m.world.meta.set_yields(true);
+        m.world.data.set_yields(true);
+        let polls = self.walk.rng.range(0, 60);
+        if self.walk.below(2) == 0 {
+            let log = m.mount.log().clone();
+            m.world
+                .env()
+                .spawn("sync", async move { _ = log.sync().await });
+        }
+        let done = {
+            let step = self.walk.step();
+            let step = std::pin::pin!(step);
+            self.m.as_ref().unwrap().run(polled(step, polls))
+        };
+        let model = &self.walk.model;
+        if done && self.walk.synced {
+            self.since.clear();
+        }
+        if done {
+            self.since.push((shown(model), contents(model)));
+            self.crash();
+        } else {
+            // Nobody was told: the model that follows is what was found.
+            self.crash_to_any();
+        }
+    }
+
+    /// The cut operation is not in the model: only soundness is checked, and that
+    /// what was synced and untouched is there is left to the other crashes.
+    fn crash_to_any(&mut self) {
+        self.m = self.m.take().map(Mounted::crash);
+        self.walk.fs = self.m().fs();
+        let now = self.m().shown();
+        self.m().run(self.walk.fs.scan_orphans());
+        self.rebuild(now);
+    }
+
     fn crash(&mut self) {
         self.m = self.m.take().map(Mounted::crash);
         self.walk.fs = self.m().fs();
@@ -656,5 +708,55 @@ fn tasks_of_one_mount_do_not_disturb_each_other() {
             same(&m.shown_below(walk.model.root), &shown(&walk.model));
         }
         m.unmount();
+    }
+}
+
+#[test]
+fn what_was_unlinked_while_open_is_deleted_after_a_crash() {
+    for seed in 0..4 {
+        let m = Mounted::make(seed);
+        let fs = m.fs();
+        let (named, _) = m.run(fs.create(&ROOT, 1, b"f", 0o644, 0, 2)).unwrap();
+        let (nameless, _) = m.run(fs.tmpfile(&ROOT, 1, 0o600, 0, 2)).unwrap();
+        let inos = [named.attr.ino, nameless.attr.ino];
+        for ino in inos {
+            m.write(ino, 3, &[9; 50_000]).unwrap();
+            m.run(fs.setxattr(&ROOT, ino, b"user.a", &[1; 2000], XattrSet::Any))
+                .unwrap();
+        }
+        m.run(fs.unlink(&ROOT, 1, b"f")).unwrap();
+        m.run(fs.syncfs()).unwrap();
+        assert_eq!(m.read(inos[0])[3..], [9; 50_000]);
+        let m = m.crash();
+        let fs = m.fs();
+        for ino in inos {
+            let attr = m.run(fs.getattr(&ROOT, ino)).unwrap().0;
+            assert_eq!(attr.nlink, 0, "still there, for the scan");
+        }
+        assert!(m.run(fs.scan_orphans()));
+        for ino in inos {
+            assert_eq!(m.run(fs.getattr(&ROOT, ino)), Err(E::ESTALE));
+        }
+        let counters = fs.orphan_counters();
+        assert_eq!(counters.inode_deleted.get(), 2);
+        let m = Mounted::over(m.unmount());
+        m.run(m.fs().scan_orphans());
+        assert_eq!(m.fs().orphan_counters().inode_deleted.get(), 0);
+        m.unmount();
+    }
+}
+
+#[test]
+fn a_crash_in_the_middle_of_an_operation_leaves_all_or_nothing_of_it() {
+    let seeds: u64 = std::env::var("SEEDS").map_or(8, |s| s.parse().unwrap());
+    for seed in 0..seeds {
+        let mut crasher = Crasher::new(seed + 1000);
+        for _ in 0..6 {
+            for _ in 0..15 {
+                crasher.step();
+            }
+            crasher.crash_in_step();
+        }
+        crasher.m.take().unwrap().unmount();
     }
 }
