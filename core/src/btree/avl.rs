@@ -1,7 +1,8 @@
 //! The AVL tree of a block's items (spec 02 section 7): links are in the items.
 //!
-//! Heights are recomputed on every path that is changed, because the original's
-//! mkfs stores wrong ones (spec 01 section 19).
+//! The original's mkfs stores a wrong height in the root of its two items (spec 01
+//! section 19); the first change of such a block puts it right, because the root
+//! is then the first node above the change.
 
 use super::layout::{NONE, compare, from_link, head, head_mut, item, item_mut, to_link};
 use crate::format::Key;
@@ -211,9 +212,10 @@ fn rotate_right(b: &mut [u8], off: usize) -> usize {
     up
 }
 
-/// Recomputes heights and balances from `off` up to the root.
+/// Recomputes heights and balances from `off` up to where nothing changes.
 fn rebalance(b: &mut [u8], mut off: usize) {
     while off != NONE {
+        let before = height(b, off);
         set_height(b, off);
         match balance(b, off) {
             2.. => {
@@ -230,6 +232,7 @@ fn rebalance(b: &mut [u8], mut off: usize) {
                 }
                 off = rotate_right(b, off);
             }
+            _ if height(b, off) == before => return,
             _ => {}
         }
         off = parent(b, off);

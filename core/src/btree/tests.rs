@@ -793,3 +793,28 @@ fn planted_bugs_are_found_by_random_operations() {
         assert!(found, "{name} was not found");
     }
 }
+
+#[test]
+fn the_first_change_of_a_leaf_of_mkfs_corrects_its_heights() {
+    for (add, remove) in [(key(5), None), (key(3), None), (key(9), Some(key(2)))] {
+        let vol = Vol::new(1, 64, Policy::default());
+        let mut root = BtreeRoot::default();
+        // As mkfs writes: the greater key is the root, its height 0.
+        for i in [4, 2] {
+            block_on(insert(&vol.tx, &mut root, &key(i), &[1])).unwrap();
+        }
+        let blkno = root.block_ref.blkno.get();
+        vol.tx.edit(blkno, |b| {
+            let off = super::avl::root(b);
+            layout::item_mut(b, off).node.height = 0;
+        });
+        verify_block(&leaf_bytes(&vol, &root), 0).unwrap();
+        if let Some(gone) = remove {
+            block_on(delete(&vol.tx, &mut root, &gone)).unwrap();
+        }
+        for new in [add, key(6), key(7)] {
+            block_on(insert(&vol.tx, &mut root, &new, &[])).unwrap();
+        }
+        verify_block(&leaf_bytes(&vol, &root), 0).unwrap();
+    }
+}
