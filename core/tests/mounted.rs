@@ -94,7 +94,12 @@ fn is_sound(world: &TestWorld) {
 
 impl Mounted {
     fn make(seed: u64) -> Self {
-        let world = TestWorld::with_network(seed, 64 << 30, 128 << 30, network());
+        Self::over(Self::volume(seed, 64 << 30, 128 << 30))
+    }
+
+    /// A world with a new volume on devices of these sizes.
+    fn volume(seed: u64, meta_bytes: u64, data_bytes: u64) -> TestWorld {
+        let world = TestWorld::with_network(seed, meta_bytes, data_bytes, network());
         let (meta, data) = (world.meta.handle(), world.data.handle());
         let options = MkfsOptions {
             slots: vec![(0, "127.0.0.1:8000".parse().unwrap())],
@@ -105,12 +110,16 @@ impl Mounted {
         world
             .block_on(mkfs(&*meta, &*data, &*env.entropy, wall, &options))
             .unwrap();
-        Self::over(world)
+        world
     }
 
     fn over(world: TestWorld) -> Self {
-        let env = world.env();
         let config = config(&world.entropy);
+        Self::over_with(world, config)
+    }
+
+    fn over_with(world: TestWorld, config: NodeConfig) -> Self {
+        let env = world.env();
         world.meta.set_yields(world.entropy.chance(1, 2));
         world.data.set_yields(world.entropy.chance(1, 2));
         let rid = world.entropy.rid();
@@ -758,5 +767,80 @@ fn a_crash_in_the_middle_of_an_operation_leaves_all_or_nothing_of_it() {
             crasher.crash_in_step();
         }
         crasher.m.take().unwrap().unmount();
+    }
+}
+
+/// A small volume, with reserves to its size.
+fn small(seed: u64, meta_bytes: u64, data_bytes: u64) -> (TestWorld, NodeConfig) {
+    let world = Mounted::volume(seed, meta_bytes, data_bytes);
+    let mut config = config(&world.entropy);
+    config.block = outrider_core::block::Policy::small();
+    (world, config)
+}
+
+#[test]
+fn a_volume_out_of_data_space_takes_back_what_is_deleted() {
+    for seed in 0..2 {
+        let (world, config) = small(seed, 512 << 20, 64 << 20);
+        let m = Mounted::over_with(world, config.clone());
+        let fs = m.fs();
+        let mut files = Vec::new();
+        let full = loop {
+            let name = format!("f{}", files.len());
+            let made = m.run(fs.create(&ROOT, 1, name.as_bytes(), 0o644, 0, 2));
+            let (entry, opened) = made.unwrap();
+            m.run(fs.release(entry.attr.ino, opened.fh));
+            let wrote = m.write(entry.attr.ino, 0, &vec![1; 1 << 20]);
+            files.push((name, entry.attr.ino, wrote.unwrap_or(0)));
+            match wrote {
+                Ok(len) if len == 1 << 20 => assert!(files.len() < 200, "it fits?"),
+                Ok(_) => {}
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full, E::ENOSPC);
+        let (_, ino, len) = &files[0];
+        assert_eq!(m.read(*ino), vec![1; *len as usize]);
+        for (name, ..) in &files {
+            m.run(fs.unlink(&ROOT, 1, name.as_bytes())).unwrap();
+        }
+        // The freed blocks go through a commit, and what the mount may hold.
+        let mut tries = 0;
+        let name = b"again";
+        let (entry, _) = m.run(fs.create(&ROOT, 1, name, 0o644, 0, 2)).unwrap();
+        while m.write(entry.attr.ino, 0, &vec![2; 1 << 20]) != Ok(1 << 20) {
+            m.run(fs.syncfs()).unwrap();
+            tries += 1;
+            assert!(tries < 20, "the space did not come back");
+        }
+        let m = Mounted::over_with(m.unmount(), config);
+        assert_eq!(m.read(entry.attr.ino), vec![2; 1 << 20]);
+        m.unmount();
+    }
+}
+
+#[test]
+fn a_volume_out_of_metadata_space_can_still_delete() {
+    for seed in 0..2 {
+        let (world, config) = small(seed, 280 << 20, 256 << 20);
+        let m = Mounted::over_with(world, config.clone());
+        let fs = m.fs();
+        let mut made = Vec::new();
+        let full = loop {
+            let name = format!("{:0>200}", made.len());
+            match m.run(fs.mknod(&ROOT, 1, name.as_bytes(), 0o100_644, 0, 0)) {
+                Ok(_) => made.push(name),
+                Err(error) => break error,
+            }
+            assert!(made.len() < 200_000, "it fits?");
+        };
+        assert_eq!(full, E::ENOSPC);
+        for name in &made {
+            m.run(fs.unlink(&ROOT, 1, name.as_bytes())).unwrap();
+        }
+        m.run(fs.syncfs()).unwrap();
+        let m = Mounted::over_with(m.unmount(), config);
+        assert_eq!(m.shown().len(), 1);
+        m.unmount();
     }
 }

@@ -114,6 +114,10 @@ enum Undo {
     },
     Delta(Key, u64, u64),
     Count(i64),
+    Allocated {
+        blkno: u64,
+        count: u64,
+    },
 }
 
 /// An operation inside the transaction. End it with [`Change::finish`].
@@ -121,6 +125,8 @@ pub struct Change<'a> {
     fs: &'a Fs,
     locked: &'a Locked,
     undo: Vec<Undo>,
+    /// Data blocks to free if the operation succeeds: a free can not be undone.
+    frees: Vec<(u64, u64)>,
     seq: u64,
     /// Released before the index locks are: fields are dropped in this order.
     hold: Hold,
@@ -233,6 +239,7 @@ impl Fs {
                     fs: self,
                     locked,
                     undo: Vec::new(),
+                    frees: Vec::new(),
                     seq,
                     hold,
                     index,
@@ -401,6 +408,16 @@ impl<'a> Change<'a> {
         self.undo.push(Undo::Count(by));
     }
 
+    /// Notes data blocks that were allocated and are in use now: an undo frees them.
+    pub(super) fn allocated(&mut self, blkno: u64, count: u64) {
+        self.undo.push(Undo::Allocated { blkno, count });
+    }
+
+    /// Frees data blocks at the end of the operation, if it succeeds.
+    pub(super) fn free_later(&mut self, blkno: u64, count: u64) {
+        self.frees.push((blkno, count));
+    }
+
     /// Creates the item and index items of a new inode, whose seqs are set.
     ///
     /// # Errors
@@ -476,10 +493,31 @@ impl<'a> Change<'a> {
     /// # Errors
     /// The one given.
     pub async fn finish<T>(mut self, done: FsResult<T>) -> FsResult<T> {
+        let done = match done {
+            Ok(value) => self.free_data().await.map(|()| value),
+            failed => failed,
+        };
         if done.is_err() {
             self.undo().await;
         }
         done
+    }
+
+    /// Frees what the operation gave up. Once something is freed there is no way
+    /// back: what can not be freed after that is lost space, not a failure.
+    async fn free_data(&mut self) -> FsResult<()> {
+        let mut any = false;
+        for (blkno, count) in std::mem::take(&mut self.frees) {
+            match self.fs.log.free_data(&self.hold, blkno, count).await {
+                Ok(()) => any = true,
+                Err(error) if !any => return Err(error.into()),
+                Err(error) => {
+                    probe("fs.blocks_lost");
+                    tracing::error!(blkno, count, %error, "data blocks could not be freed");
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Takes back everything done so far, last first.
@@ -498,6 +536,10 @@ impl<'a> Change<'a> {
                 Undo::Delta(key, total, count) => {
                     self.delta(key, total.wrapping_neg(), count.wrapping_neg())
                         .await
+                }
+                Undo::Allocated { blkno, count } => {
+                    let freed = self.fs.log.free_data(&self.hold, *blkno, *count).await;
+                    freed.map_err(FsError::from)
                 }
                 Undo::Count(by) => {
                     self.fs.log.inode_count_add(&self.hold, -by);

@@ -86,7 +86,10 @@ impl FsError {
 
     /// Whether space ran out, for good or until the next transaction.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, FsError::Log(LogError::NoData | LogError::NoSpace))
+        matches!(
+            self,
+            FsError::Log(LogError::NoData | LogError::NoDataSpace | LogError::NoSpace)
+        )
     }
 
     /// Whether it is this refusal.

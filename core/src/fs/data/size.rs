@@ -144,7 +144,7 @@ impl Fs {
                         set(self, &mut change, inode, hole).await?;
                     }
                     if gone.is_mapped() {
-                        self.free_blocks(&change, gone).await?;
+                        self.free_blocks(&mut change, gone)?;
                     }
                 }
                 change.put_inode(inode, false).await
@@ -156,9 +156,9 @@ impl Fs {
         Ok(())
     }
 
-    pub(super) async fn free_blocks(
+    pub(super) fn free_blocks(
         &self,
-        change: &super::super::change::Change<'_>,
+        change: &mut super::super::change::Change<'_>,
         extent: Extent,
     ) -> FsResult<()> {
         if extent.end() - extent.start + extent.blkno > self.data.device_blocks() {
@@ -168,9 +168,7 @@ impl Fs {
                 what: "the extent's blocks are past the device",
             });
         }
-        Ok(self
-            .log
-            .free_data(change.hold(), extent.blkno, extent.len)
-            .await?)
+        change.free_later(extent.blkno, extent.len);
+        Ok(())
     }
 }

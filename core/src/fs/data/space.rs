@@ -157,6 +157,7 @@ impl Fs {
             self.log.free_data(change.hold(), blkno, got).await?;
             return Err(error);
         }
+        change.allocated(blkno, got);
         Ok(extent.end())
     }
 

@@ -231,6 +231,7 @@ impl Fs {
             self.log.free_data(change.hold(), blkno, got).await?;
             return Err(error);
         }
+        change.allocated(blkno, got);
         Ok(part)
     }
 
