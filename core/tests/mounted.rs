@@ -65,6 +65,18 @@ fn config(rng: &TestEntropy) -> NodeConfig {
     if rng.chance(1, 2) {
         config.log = outrider_core::log::Policy::small();
     }
+    if rng.chance(1, 2) {
+        // Log trees are merged all the time.
+        config.block = outrider_core::block::Policy {
+            reserve_server: 300,
+            reserve_client: 300,
+            btree_space: outrider_core::block::Policy::BTREE_SPACE_MIN,
+            merge_dirty_blocks: rng.range(2, 60),
+            ..outrider_core::block::Policy::small()
+        };
+        config.server.finalize_height = rng.range(0, 2) as u8;
+        config.merge_pause = Duration::from_millis(rng.range(1, 400));
+    }
     let fs = &mut config.fs;
     if rng.chance(1, 2) {
         fs.inode_batch = rng.range(1, 100);
@@ -502,7 +514,12 @@ impl Crasher {
     }
 
     fn step(&mut self) {
-        self.m.as_ref().unwrap().run(self.walk.step());
+        let m = self.m.as_ref().unwrap();
+        m.run(self.walk.step());
+        if m.world.entropy.chance(1, 12) {
+            // Time for log merges.
+            m.run(m.world.env().sleep(Duration::from_millis(500)));
+        }
         if self.walk.synced {
             self.since.clear();
         }
