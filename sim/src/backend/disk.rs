@@ -1,0 +1,540 @@
+//! Simulated block devices: the medium of `disk_model`, with latency, stalls,
+//! errors, crashes, and a trap that fires at the n-th request.
+//!
+//! A request goes on without its future, as one in a device's queue does: a
+//! write takes effect when it completes. At a crash each sector of each write
+//! in flight may have reached the medium or not.
+
+use super::{Host, Life, Sim};
+use crate::disk_model::{Medium, SECTOR, Survival};
+use crate::plan::{DiskFault, DiskOp};
+use crate::rng::Stream;
+use outrider_core::env::{
+    AlignedBuf, BlockDevice, DeviceError, DeviceRole, IoBuf, LocalBoxFuture, WriteFlags,
+};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use tokio::sync::oneshot;
+
+/// How long requests take, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// Shortest request.
+    pub base: u64,
+    /// Random addition to each request.
+    pub spread: u64,
+    /// Addition for a flush.
+    pub flush: u64,
+    /// Addition for each 4 KiB.
+    pub per_sector: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            base: 60_000,
+            spread: 60_000,
+            flush: 200_000,
+            per_sector: 2_000,
+        }
+    }
+}
+
+struct Flight {
+    offset: u64,
+    bufs: Vec<IoBuf>,
+    fua: bool,
+}
+
+type Trap = (u64, Box<dyn FnOnce()>);
+
+struct Disk {
+    sim: Rc<Sim>,
+    role: DeviceRole,
+    rng: Stream,
+    timing: Cell<Timing>,
+    medium: RefCell<Medium>,
+    flights: RefCell<BTreeMap<u64, Flight>>,
+    next_id: Cell<u64>,
+    faults: RefCell<Vec<DiskFault>>,
+    epoch: Cell<u64>,
+    trap: Rc<RefCell<Option<Trap>>>,
+    requests: Rc<Cell<u64>>,
+}
+
+/// The two devices of the volume.
+pub struct Disks {
+    meta: Rc<Disk>,
+    data: Rc<Disk>,
+    trap: Rc<RefCell<Option<Trap>>>,
+    requests: Rc<Cell<u64>>,
+}
+
+impl Disks {
+    /// Empty devices of these sizes, in bytes.
+    pub fn new(sim: &Rc<Sim>, meta: u64, data: u64, timing: Timing) -> Rc<Self> {
+        let trap = Rc::new(RefCell::new(None));
+        let requests = Rc::new(Cell::new(0));
+        let disk = |role, size, name| {
+            Rc::new(Disk {
+                sim: Rc::clone(sim),
+                role,
+                rng: Stream::new(sim.seed, name, 0),
+                timing: Cell::new(timing),
+                medium: RefCell::new(Medium::new(size)),
+                flights: RefCell::default(),
+                next_id: Cell::new(0),
+                faults: RefCell::default(),
+                epoch: Cell::new(0),
+                trap: Rc::clone(&trap),
+                requests: Rc::clone(&requests),
+            })
+        };
+        Rc::new(Self {
+            meta: disk(DeviceRole::Meta, meta, "meta disk"),
+            data: disk(DeviceRole::Data, data, "data disk"),
+            trap,
+            requests,
+        })
+    }
+
+    fn disk(&self, role: DeviceRole) -> &Rc<Disk> {
+        match role {
+            DeviceRole::Meta => &self.meta,
+            DeviceRole::Data => &self.data,
+        }
+    }
+
+    /// A handle for a process.
+    pub fn open(&self, host: &Host, role: DeviceRole) -> Rc<dyn BlockDevice> {
+        Rc::new(Handle {
+            disk: Rc::clone(self.disk(role)),
+            life: Rc::clone(&host.life),
+            node: host.node.id,
+        })
+    }
+
+    /// Adds a fault; it begins and ends by itself.
+    pub fn add_fault(&self, fault: DiskFault) {
+        self.disk(fault.role()).faults.borrow_mut().push(fault);
+    }
+
+    /// Ends all faults: the devices work from now on.
+    pub fn heal(&self) {
+        self.meta.faults.borrow_mut().clear();
+        self.data.faults.borrow_mut().clear();
+    }
+
+    /// Calls `f` when the `nth` write or flush from now is asked for.
+    pub fn set_trap(&self, nth: u64, f: impl FnOnce() + 'static) {
+        *self.trap.borrow_mut() = Some((nth, Box::new(f)));
+    }
+
+    /// Forgets the trap.
+    pub fn clear_trap(&self) {
+        *self.trap.borrow_mut() = None;
+    }
+
+    /// Number of writes and flushes asked for so far.
+    pub fn requests(&self) -> u64 {
+        self.requests.get()
+    }
+
+    /// The process that used the devices is gone: requests in flight end here.
+    /// With `survival`, power is lost too.
+    pub fn crash(&self, survival: Option<Survival>) {
+        self.meta.crash(survival);
+        self.data.crash(survival);
+    }
+
+    /// What is on a device now.
+    pub fn medium(&self, role: DeviceRole) -> Medium {
+        self.disk(role).medium.borrow().clone()
+    }
+
+    /// Replaces the contents of a device.
+    pub fn set_medium(&self, role: DeviceRole, medium: Medium) {
+        *self.disk(role).medium.borrow_mut() = medium;
+    }
+
+    /// Digest of both devices.
+    pub fn hash(&self) -> u64 {
+        let mut digest = crate::trace::Digest::default();
+        digest.word(self.meta.medium.borrow().hash());
+        digest.word(self.data.medium.borrow().hash());
+        digest.value()
+    }
+}
+
+impl Disk {
+    fn crash(&self, survival: Option<Survival>) {
+        self.epoch.set(self.epoch.get() + 1);
+        let mut medium = self.medium.borrow_mut();
+        let keep = self.rng.below(3);
+        for flight in self.flights.take().into_values() {
+            medium.write_some(flight.offset, &flight.bufs, false, |_| match keep {
+                0 => false,
+                1 => true,
+                _ => self.rng.chance(500),
+            });
+        }
+        if let Some(survival) = survival {
+            medium.lose_power(survival, &self.rng);
+        }
+    }
+
+    fn role_word(&self) -> u64 {
+        match self.role {
+            DeviceRole::Meta => 0,
+            DeviceRole::Data => 1,
+        }
+    }
+
+    fn duration(&self, op: DiskOp, len: u64) -> u64 {
+        let timing = self.timing.get();
+        let flush = if op == DiskOp::Flush { timing.flush } else { 0 };
+        let sectors = len / SECTOR as u64;
+        timing.base + self.rng.below(timing.spread + 1) + flush + sectors * timing.per_sector
+    }
+
+    /// When a request that would complete at `at` completes, given the stalls.
+    fn after_stalls(&self, mut at: u64) -> u64 {
+        for fault in self.faults.borrow().iter() {
+            if let DiskFault::Stall { from, until, .. } = fault
+                && (*from..*until).contains(&at)
+            {
+                at = *until;
+            }
+        }
+        at
+    }
+
+    /// Whether the request fails, by the errors in force.
+    fn fails(&self, op: DiskOp) -> bool {
+        let now = self.sim.now();
+        let mut failed = false;
+        self.faults.borrow_mut().retain_mut(|fault| {
+            if let DiskFault::Error {
+                op: which,
+                from,
+                until,
+                times,
+                permille,
+                ..
+            } = fault
+                && *which == op
+                && (*from..*until).contains(&now)
+                && !failed
+                && self.rng.chance(u64::from(*permille))
+            {
+                failed = true;
+                *times -= 1;
+                return *times > 0;
+            }
+            true
+        });
+        failed
+    }
+
+    fn spring_trap(&self) {
+        self.requests.set(self.requests.get() + 1);
+        let sprung = {
+            let mut trap = self.trap.borrow_mut();
+            match &mut *trap {
+                Some((left, _)) if *left > 1 => {
+                    *left -= 1;
+                    None
+                }
+                _ => trap.take(),
+            }
+        };
+        if let Some((_, call)) = sprung {
+            call();
+        }
+    }
+}
+
+struct Handle {
+    disk: Rc<Disk>,
+    life: Rc<Life>,
+    node: u32,
+}
+
+impl Handle {
+    fn check(&self, op: &'static str, offset: u64, len: u64) -> Result<(), DeviceError> {
+        assert!(
+            offset.is_multiple_of(SECTOR as u64) && len.is_multiple_of(SECTOR as u64),
+            "{op} of {len} bytes at {offset} is not aligned"
+        );
+        let size = self.size();
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(DeviceError::OutOfRange {
+                op,
+                offset,
+                len,
+                size,
+            });
+        }
+        if !self.life.is_alive() {
+            return Err(DeviceError::Shut);
+        }
+        Ok(())
+    }
+
+    /// Completes a request later, unless a crash comes first.
+    fn complete<T: 'static>(
+        &self,
+        op: DiskOp,
+        offset: u64,
+        len: u64,
+        finish: impl FnOnce(&Disk, bool) -> T + 'static,
+    ) -> oneshot::Receiver<T> {
+        let (tell, told) = oneshot::channel();
+        let disk = Rc::clone(&self.disk);
+        let (node, epoch) = (self.node, disk.epoch.get());
+        let now = disk.sim.now();
+        let at = disk.after_stalls(now + disk.duration(op, len));
+        let sim = Rc::clone(&disk.sim);
+        sim.call_at(at, move || {
+            if disk.epoch.get() != epoch {
+                return;
+            }
+            let failed = disk.fails(op);
+            let args = [
+                disk.role_word(),
+                op as u64,
+                offset,
+                len,
+                u64::from(failed),
+            ];
+            disk.sim
+                .trace
+                .event(disk.sim.now(), node, op.event(), &args, || {
+                    let outcome = if failed { " FAILED" } else { "" };
+                    format!("{:?} {offset:#x}+{len:#x}{outcome}", disk.role)
+                });
+            let out = finish(&disk, failed);
+            let _ = tell.send(out);
+        });
+        told
+    }
+}
+
+fn injected(op: &'static str, offset: u64, len: u64) -> DeviceError {
+    DeviceError::Io {
+        op,
+        offset,
+        len,
+        detail: "injected".to_owned(),
+    }
+}
+
+/// Waits for a request whose owner may be gone by the time it ends.
+async fn outcome<T>(told: oneshot::Receiver<T>) -> T {
+    match told.await {
+        Ok(out) => out,
+        // Only a crash drops the sender, and then nobody of this life runs again.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+impl BlockDevice for Handle {
+    fn size(&self) -> u64 {
+        self.disk.medium.borrow().size()
+    }
+
+    fn read(
+        &self,
+        offset: u64,
+        buf: AlignedBuf,
+    ) -> LocalBoxFuture<'static, (AlignedBuf, Result<(), DeviceError>)> {
+        let len = buf.len() as u64;
+        if let Err(error) = self.check("read", offset, len) {
+            return Box::pin(std::future::ready((buf, Err(error))));
+        }
+        let mut buf = buf;
+        let told = self.complete(DiskOp::Read, offset, len, move |disk, failed| {
+            if failed {
+                return (buf, Err(injected("read", offset, len)));
+            }
+            let medium = disk.medium.borrow();
+            medium.read(offset, &mut buf);
+            // A write in flight may be seen half done, sector by sector.
+            for flight in disk.flights.borrow().values() {
+                let mut at = flight.offset;
+                for sector in flight.bufs.iter().flat_map(|buf| buf.chunks(SECTOR)) {
+                    if (offset..offset + len).contains(&at) && disk.rng.chance(500) {
+                        let into = (at - offset) as usize;
+                        buf[into..into + SECTOR].copy_from_slice(sector);
+                    }
+                    at += SECTOR as u64;
+                }
+            }
+            (buf, Ok(()))
+        });
+        Box::pin(outcome(told))
+    }
+
+    fn write(
+        &self,
+        offset: u64,
+        bufs: Vec<IoBuf>,
+        flags: WriteFlags,
+    ) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
+        let len = bufs.iter().map(|buf| buf.len() as u64).sum();
+        if let Err(error) = self.check("write", offset, len) {
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        let disk = &self.disk;
+        let id = disk.next_id.get();
+        disk.next_id.set(id + 1);
+        disk.flights.borrow_mut().insert(
+            id,
+            Flight {
+                offset,
+                bufs,
+                fua: flags.fua,
+            },
+        );
+        let told = self.complete(DiskOp::Write, offset, len, move |disk, failed| {
+            let flight = disk.flights.borrow_mut().remove(&id);
+            let flight = flight.expect("a write in flight until it completes");
+            let mut medium = disk.medium.borrow_mut();
+            if failed {
+                let some = |_| disk.rng.chance(500);
+                medium.write_some(flight.offset, &flight.bufs, false, some);
+                return Err(injected("write", offset, len));
+            }
+            medium.write(flight.offset, &flight.bufs, flight.fua);
+            Ok(())
+        });
+        disk.spring_trap();
+        Box::pin(outcome(told))
+    }
+
+    fn flush(&self) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
+        if let Err(error) = self.check("flush", 0, 0) {
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        let point = self.disk.medium.borrow().flush_point();
+        let told = self.complete(DiskOp::Flush, 0, 0, move |disk, failed| {
+            let mut medium = disk.medium.borrow_mut();
+            if failed {
+                medium.fail_flush(point, &disk.rng);
+                return Err(injected("flush", 0, 0));
+            }
+            medium.settle(point);
+            Ok(())
+        });
+        self.disk.spring_trap();
+        Box::pin(outcome(told))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::simulate;
+    use super::*;
+    use std::sync::Arc;
+
+    fn buf(byte: u8, len: usize) -> IoBuf {
+        let mut buf = AlignedBuf::zeroed(len);
+        buf.fill(byte);
+        Arc::new(buf)
+    }
+
+    async fn byte(device: &Rc<dyn BlockDevice>, sector: u64) -> u8 {
+        let (buf, result) = device.read(sector * 4096, AlignedBuf::zeroed(4096)).await;
+        result.unwrap();
+        assert!(buf.iter().all(|b| *b == buf[0]), "torn inside a sector");
+        buf[0]
+    }
+
+    #[test]
+    fn what_was_written_reads_back_and_the_end_is_guarded() {
+        simulate(1, async |host: Host| {
+            let device = host.disks.open(&host, DeviceRole::Meta);
+            assert_eq!(device.size(), 1 << 20);
+            let bufs = vec![buf(1, 8192), buf(2, 4096)];
+            device.write(4096, bufs, WriteFlags::default()).await.unwrap();
+            let mut bytes = Vec::new();
+            for sector in 0..5 {
+                bytes.push(byte(&device, sector).await);
+            }
+            assert_eq!(bytes, [0, 1, 1, 2, 0]);
+            let past = device
+                .write((1 << 20) - 4096, vec![buf(1, 8192)], WriteFlags::default())
+                .await;
+            assert!(matches!(past, Err(DeviceError::OutOfRange { .. })));
+            let (_, past) = device.read(1 << 20, AlignedBuf::zeroed(4096)).await;
+            assert!(matches!(past, Err(DeviceError::OutOfRange { .. })));
+        });
+    }
+
+    #[test]
+    fn a_crash_tears_writes_in_flight_and_a_flush_holds() {
+        let mut seen = std::collections::BTreeSet::new();
+        for seed in 0..60 {
+            let bytes = simulate(seed, async |host: Host| {
+                let device = host.disks.open(&host, DeviceRole::Data);
+                device
+                    .write(0, vec![buf(1, 4096)], WriteFlags::default())
+                    .await
+                    .unwrap();
+                device.flush().await.unwrap();
+                let pending = device.write(4096, vec![buf(2, 8192)], WriteFlags::default());
+                drop(pending);
+                host.disks.crash(Some(Survival::Sectors));
+                let mut bytes = Vec::new();
+                for sector in 0..3 {
+                    bytes.push(byte(&device, sector).await);
+                }
+                bytes
+            });
+            assert_eq!(bytes[0], 1, "flushed data survives");
+            seen.insert((bytes[1], bytes[2]));
+        }
+        assert_eq!(seen.len(), 4, "all ways to tear: {seen:?}");
+    }
+
+    #[test]
+    fn errors_and_stalls_come_and_go() {
+        simulate(5, async |host: Host| {
+            let device = host.disks.open(&host, DeviceRole::Meta);
+            host.disks.add_fault(DiskFault::Error {
+                device: crate::plan::Device::Meta,
+                op: DiskOp::Write,
+                from: 0,
+                until: u64::MAX,
+                times: 1,
+                permille: 1000,
+            });
+            let write = || device.write(0, vec![buf(1, 4096)], WriteFlags::default());
+            assert!(matches!(write().await, Err(DeviceError::Io { .. })));
+            write().await.unwrap();
+            let until = host.sim.now() + 50_000_000;
+            host.disks.add_fault(DiskFault::Stall {
+                device: crate::plan::Device::Meta,
+                from: 0,
+                until,
+            });
+            write().await.unwrap();
+            assert!(host.sim.now() >= until);
+        });
+    }
+
+    #[test]
+    fn the_trap_fires_at_the_request_it_was_set_for() {
+        simulate(6, async |host: Host| {
+            let device = host.disks.open(&host, DeviceRole::Meta);
+            let fired = Rc::new(Cell::new(false));
+            let tell = Rc::clone(&fired);
+            host.disks.set_trap(2, move || tell.set(true));
+            device.flush().await.unwrap();
+            assert!(!fired.get());
+            let _write = device.write(0, vec![buf(1, 4096)], WriteFlags::default());
+            assert!(fired.get());
+        });
+    }
+}

@@ -1,0 +1,621 @@
+//! The seams over the simulator: virtual time, tasks, disks and a network of our own.
+//!
+//! madsim gives the executor (which ready task runs next is drawn from the
+//! seed), the clock, and the guard that no real time or real randomness slips
+//! in. One millisecond of its time is one microsecond of ours, since its
+//! shortest timer is a millisecond; timers are kept in a queue of our own,
+//! because a madsim timer can not be cancelled.
+//!
+//! A [`Life`] is one run of a process: killing it stops all its tasks before
+//! they are polled again, as the end of a process does.
+
+pub mod disk;
+pub mod net;
+
+use crate::rng::Stream;
+use crate::trace::Trace;
+use madsim::task::AbortHandle;
+use outrider_core::env::{
+    ActorMain, Clock, Devices, Duration, Either, Env, LocalBoxFuture, Spawner, Task, Time,
+    WallTime, race,
+};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::{Rc, Weak};
+use std::task::{Context, Poll, Waker};
+
+/// Nanoseconds of the executor's time in one of ours.
+const SCALE: u64 = 1000;
+
+enum Action {
+    Wake(Waker),
+    Call(Box<dyn FnOnce()>),
+}
+
+/// What all nodes of a world share: time, trace, and the knobs of the executor.
+pub struct Sim {
+    /// The seed.
+    pub seed: u64,
+    /// Events.
+    pub trace: Trace,
+    time: madsim::time::TimeHandle,
+    timers: RefCell<BTreeMap<(u64, u64), Action>>,
+    next_timer: Cell<u64>,
+    earlier: tokio::sync::Notify,
+    polls: Cell<u64>,
+    poll_limit: Cell<u64>,
+    poll_cost: Cell<u64>,
+    yield_permille: Cell<u64>,
+    rng: Stream,
+    next_actor: Cell<u64>,
+}
+
+impl Sim {
+    /// Must be called inside the executor; starts the timer task.
+    pub fn new(seed: u64, trace: Trace) -> Rc<Self> {
+        let sim = Rc::new(Self {
+            seed,
+            trace,
+            time: madsim::time::TimeHandle::current(),
+            timers: RefCell::default(),
+            next_timer: Cell::new(0),
+            earlier: tokio::sync::Notify::new(),
+            polls: Cell::new(0),
+            poll_limit: Cell::new(40_000_000),
+            poll_cost: Cell::new(100),
+            yield_permille: Cell::new(200),
+            rng: Stream::new(seed, "executor", 0),
+            next_actor: Cell::new(0),
+        });
+        madsim::task::spawn_local(run_timers(Rc::downgrade(&sim)));
+        sim
+    }
+
+    /// Nanoseconds since the world began.
+    pub fn now(&self) -> u64 {
+        (self.time.elapsed().as_nanos() / u128::from(SCALE)) as u64
+    }
+
+    /// Sets how often a yield point yields, in thousandths.
+    pub fn set_yield(&self, permille: u64) {
+        self.yield_permille.set(permille);
+    }
+
+    /// Sets how long one poll of a task takes, in nanoseconds.
+    pub fn set_poll_cost(&self, nanos: u64) {
+        self.poll_cost.set(nanos);
+    }
+
+    /// Number of polls so far.
+    pub fn polls(&self) -> u64 {
+        self.polls.get()
+    }
+
+    fn add(&self, at: u64, action: Action) -> (u64, u64) {
+        let id = self.next_timer.get();
+        self.next_timer.set(id + 1);
+        let key = (at, id);
+        let mut timers = self.timers.borrow_mut();
+        let first = timers.keys().next().is_none_or(|first| key < *first);
+        timers.insert(key, action);
+        if first {
+            self.earlier.notify_one();
+        }
+        key
+    }
+
+    /// Calls `f` at `at`, unless the world ends first.
+    pub fn call_at(&self, at: u64, f: impl FnOnce() + 'static) {
+        self.add(at, Action::Call(Box::new(f)));
+    }
+
+    /// Waits until `at`.
+    pub fn sleep_until(self: &Rc<Self>, at: u64) -> Sleep {
+        Sleep {
+            sim: Rc::clone(self),
+            at,
+            key: None,
+        }
+    }
+
+    /// Waits for some nanoseconds.
+    pub fn sleep(self: &Rc<Self>, nanos: u64) -> Sleep {
+        self.sleep_until(self.now() + nanos)
+    }
+
+    fn fire_due(&self) {
+        loop {
+            let due = {
+                let mut timers = self.timers.borrow_mut();
+                match timers.first_entry() {
+                    Some(entry) if entry.key().0 <= self.now() => entry.remove(),
+                    _ => return,
+                }
+            };
+            match due {
+                Action::Wake(waker) => waker.wake(),
+                Action::Call(call) => call(),
+            }
+        }
+    }
+
+    fn count_poll(&self) {
+        let polls = self.polls.get() + 1;
+        self.polls.set(polls);
+        assert!(
+            polls < self.poll_limit.get(),
+            "livelock: {polls} polls by {} ns of simulated time",
+            self.now()
+        );
+        self.time
+            .advance(Duration::from_nanos(self.poll_cost.get() * SCALE));
+    }
+}
+
+async fn run_timers(sim: Weak<Sim>) {
+    loop {
+        let (next, earlier) = {
+            let Some(sim) = sim.upgrade() else { return };
+            sim.fire_due();
+            let next = sim.timers.borrow().keys().next().map(|key| key.0);
+            (next, Rc::clone(&sim))
+        };
+        let wait = async {
+            match next {
+                Some(at) => {
+                    let now = earlier.now();
+                    let nanos = at.saturating_sub(now).saturating_mul(SCALE);
+                    madsim::time::sleep(Duration::from_nanos(nanos)).await;
+                }
+                None => std::future::pending().await,
+            }
+        };
+        match race(earlier.earlier.notified(), wait).await {
+            Either::Left(()) | Either::Right(()) => {}
+        }
+    }
+}
+
+/// Completes at a moment; forgets its timer when dropped.
+pub struct Sleep {
+    sim: Rc<Sim>,
+    at: u64,
+    key: Option<(u64, u64)>,
+}
+
+impl Future for Sleep {
+    type Output = ();
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if self.sim.now() >= self.at {
+            return Poll::Ready(());
+        }
+        let action = Action::Wake(cx.waker().clone());
+        match self.key {
+            Some(key) if self.sim.timers.borrow().contains_key(&key) => {
+                self.sim.timers.borrow_mut().insert(key, action);
+            }
+            _ => self.key = Some(self.sim.add(self.at, action)),
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            self.sim.timers.borrow_mut().remove(&key);
+        }
+    }
+}
+
+/// One run of a process, or of an actor in it.
+pub struct Life {
+    alive: Cell<bool>,
+    tasks: RefCell<BTreeMap<u64, AbortHandle>>,
+    children: RefCell<Vec<Weak<Life>>>,
+    next_task: Cell<u64>,
+}
+
+impl Life {
+    /// A new life without tasks.
+    pub fn new() -> Rc<Self> {
+        Rc::new(Self {
+            alive: Cell::new(true),
+            tasks: RefCell::default(),
+            children: RefCell::default(),
+            next_task: Cell::new(0),
+        })
+    }
+
+    fn child(self: &Rc<Self>) -> Rc<Self> {
+        let child = Self::new();
+        child.alive.set(self.alive.get());
+        let mut children = self.children.borrow_mut();
+        children.retain(|child| child.strong_count() > 0);
+        children.push(Rc::downgrade(&child));
+        child
+    }
+
+    /// Whether its tasks may run.
+    pub fn is_alive(&self) -> bool {
+        self.alive.get()
+    }
+
+    /// Ends it: none of its tasks is polled again.
+    pub fn kill(&self) {
+        self.alive.set(false);
+        for child in self.children.take() {
+            if let Some(child) = child.upgrade() {
+                child.kill();
+            }
+        }
+        for abort in self.tasks.borrow().values() {
+            abort.abort();
+        }
+    }
+
+    /// Number of tasks that have not ended, in it and in its actors.
+    pub fn tasks(&self) -> usize {
+        let own = self.tasks.borrow().len();
+        let children = self.children.borrow();
+        own + children
+            .iter()
+            .filter_map(Weak::upgrade)
+            .map(|child| child.tasks())
+            .sum::<usize>()
+    }
+}
+
+struct Guarded {
+    sim: Rc<Sim>,
+    life: Rc<Life>,
+    id: u64,
+    aborted: Rc<Cell<bool>>,
+    future: Option<LocalBoxFuture<'static, ()>>,
+}
+
+impl Future for Guarded {
+    type Output = ();
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.life.is_alive() || self.aborted.get() {
+            self.future = None;
+            return Poll::Ready(());
+        }
+        self.sim.count_poll();
+        let Some(future) = &mut self.future else {
+            return Poll::Ready(());
+        };
+        let out = future.as_mut().poll(cx);
+        if out.is_ready() {
+            self.future = None;
+        }
+        out
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        self.future = None;
+        self.aborted.set(true);
+        self.life.tasks.borrow_mut().remove(&self.id);
+    }
+}
+
+struct SimTask {
+    abort: AbortHandle,
+    ended: Rc<Cell<bool>>,
+}
+
+impl Task for SimTask {
+    fn abort(&self) {
+        self.ended.set(true);
+        self.abort.abort();
+    }
+    fn is_finished(&self) -> bool {
+        self.ended.get()
+    }
+}
+
+/// Starts a task that belongs to `life`.
+pub fn spawn(
+    sim: &Rc<Sim>,
+    life: &Rc<Life>,
+    future: LocalBoxFuture<'static, ()>,
+) -> Rc<dyn Task> {
+    let id = life.next_task.get();
+    life.next_task.set(id + 1);
+    let ended = Rc::new(Cell::new(false));
+    let guarded = Guarded {
+        sim: Rc::clone(sim),
+        life: Rc::clone(life),
+        id,
+        aborted: Rc::clone(&ended),
+        future: Some(future),
+    };
+    let abort = madsim::task::spawn_local(guarded).abort_handle();
+    life.tasks.borrow_mut().insert(id, abort.clone());
+    Rc::new(SimTask { abort, ended })
+}
+
+/// One machine: its address and its clocks, which outlive its processes.
+pub struct Node {
+    /// Number, as in the trace.
+    pub id: u32,
+    /// Address.
+    pub ip: std::net::Ipv4Addr,
+    drift_ppm: Cell<i64>,
+    wall_offset: Cell<i64>,
+}
+
+impl Node {
+    /// Node number `id` at 10.0.0.`id`+1, with a clock of this drift and this
+    /// wall time (nanoseconds since 1970) at the start of the world.
+    pub fn new(id: u32, drift_ppm: i64, wall: i64) -> Rc<Self> {
+        Rc::new(Self {
+            id,
+            ip: std::net::Ipv4Addr::new(10, 0, (id >> 8) as u8, (id & 255) as u8 + 1),
+            drift_ppm: Cell::new(drift_ppm),
+            wall_offset: Cell::new(wall),
+        })
+    }
+
+    /// Steps the wall clock by some nanoseconds.
+    pub fn step_wall(&self, nanos: i64) {
+        self.wall_offset.set(self.wall_offset.get() + nanos);
+    }
+
+    fn local(&self, now: u64) -> u64 {
+        let shift = i128::from(now) * i128::from(self.drift_ppm.get()) / 1_000_000;
+        (i128::from(now) + shift) as u64
+    }
+
+    fn real(&self, local: u64) -> u64 {
+        let real = i128::from(local) * 1_000_000 / (1_000_000 + i128::from(self.drift_ppm.get()));
+        u64::try_from(real + 1).unwrap_or(u64::MAX)
+    }
+
+    /// Nanoseconds since 1970 on this node's wall clock.
+    pub fn wall_nanos(&self, now: u64) -> i64 {
+        self.wall_offset.get() + self.local(now) as i64
+    }
+}
+
+/// Nanoseconds since 1970 as wall time.
+pub fn wall_time(nanos: i64) -> WallTime {
+    WallTime {
+        sec: nanos.div_euclid(1_000_000_000),
+        nsec: nanos.rem_euclid(1_000_000_000) as u32,
+    }
+}
+
+struct SimClock {
+    sim: Rc<Sim>,
+    node: Rc<Node>,
+}
+
+impl Clock for SimClock {
+    fn now(&self) -> Time {
+        Time(self.node.local(self.sim.now()))
+    }
+    fn wall(&self) -> WallTime {
+        wall_time(self.node.wall_nanos(self.sim.now()))
+    }
+    fn sleep_until(&self, deadline: Time) -> LocalBoxFuture<'static, ()> {
+        let at = if self.node.drift_ppm.get() == 0 {
+            deadline.nanos()
+        } else {
+            self.node.real(deadline.nanos())
+        };
+        Box::pin(self.sim.sleep_until(at))
+    }
+}
+
+/// What a process of a node is made of; builds the [`Env`] of each of its actors.
+#[derive(Clone)]
+pub struct Host {
+    /// The world.
+    pub sim: Rc<Sim>,
+    /// The machine.
+    pub node: Rc<Node>,
+    /// This run of the process (or of the actor).
+    pub life: Rc<Life>,
+    /// The machine's network.
+    pub net: Rc<net::SimNet>,
+    /// The shared devices.
+    pub disks: Rc<disk::Disks>,
+}
+
+impl Host {
+    /// The seams of an actor of this process.
+    pub fn env(&self, name: &str) -> Env {
+        let number = self.sim.next_actor.get();
+        self.sim.next_actor.set(number + 1);
+        let host = Self {
+            life: self.life.child(),
+            ..self.clone()
+        };
+        Env {
+            clock: Rc::new(SimClock {
+                sim: Rc::clone(&host.sim),
+                node: Rc::clone(&host.node),
+            }),
+            net: Rc::new(net::NodeNet::new(&host)),
+            entropy: Rc::new(Stream::new(host.sim.seed, name, number)),
+            devices: Rc::new(host.clone()),
+            spawner: Rc::new(SimSpawner { host }),
+        }
+    }
+}
+
+impl Devices for Host {
+    fn open(
+        &self,
+        role: outrider_core::env::DeviceRole,
+    ) -> Result<Rc<dyn outrider_core::env::BlockDevice>, outrider_core::env::DeviceError> {
+        Ok(self.disks.open(self, role))
+    }
+}
+
+struct SimSpawner {
+    host: Host,
+}
+
+impl Spawner for SimSpawner {
+    fn spawn_local(&self, _name: &'static str, task: LocalBoxFuture<'static, ()>) -> Rc<dyn Task> {
+        spawn(&self.host.sim, &self.host.life, task)
+    }
+
+    fn spawn_actor(&self, name: &str, main: ActorMain) {
+        let env = self.host.env(name);
+        // The actor's life is the child that `env` made: its last.
+        let life = self
+            .host
+            .life
+            .children
+            .borrow()
+            .last()
+            .and_then(Weak::upgrade);
+        let (Some(life), true) = (life, self.host.life.is_alive()) else {
+            return;
+        };
+        let own = Rc::clone(&life);
+        let future = main(env);
+        spawn(
+            &self.host.sim,
+            &life,
+            Box::pin(async move {
+                future.await;
+                own.kill();
+            }),
+        );
+    }
+
+    fn yield_point(&self, _name: &'static str) -> LocalBoxFuture<'static, ()> {
+        let sim = &self.host.sim;
+        if !sim.rng.chance(sim.yield_permille.get()) {
+            return Box::pin(std::future::ready(()));
+        }
+        if sim.rng.chance(100) {
+            return Box::pin(sim.sleep(1000 + sim.rng.below(200_000)));
+        }
+        Box::pin(madsim::task::yield_now())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Runs a world made of `f` on a fresh thread, as the executor demands.
+    pub fn simulate<F, T>(seed: u64, f: F) -> T
+    where
+        F: AsyncFnOnce(Host) -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        crate::world::on_fresh_thread(move || {
+            let runtime = madsim::runtime::Runtime::with_seed_and_config(
+                seed,
+                madsim::Config::default(),
+            );
+            runtime.block_on(async move {
+                let sim = Sim::new(seed, Trace::default());
+                let node = Node::new(0, 0, 1_700_000_000_000_000_000);
+                let host = Host {
+                    net: net::SimNet::new(&sim, net::Links::default()),
+                    disks: disk::Disks::new(&sim, 1 << 20, 1 << 20, disk::Timing::default()),
+                    life: Life::new(),
+                    sim,
+                    node,
+                };
+                f(host).await
+            })
+        })
+        .expect("the world must not panic")
+    }
+
+    #[test]
+    fn microseconds_exist_and_dropped_sleeps_leave_nothing() {
+        simulate(1, async |host: Host| {
+            let env = host.env("a");
+            let start = env.clock.now();
+            env.sleep(Duration::from_micros(5)).await;
+            let took = env.clock.now().since(start);
+            assert!((5..8).contains(&took.as_micros()), "{took:?}");
+            for _ in 0..100 {
+                let long = env.sleep(Duration::from_secs(100));
+                let short = env.sleep(Duration::from_micros(1));
+                assert_eq!(race(long, short).await, Either::Right(()));
+            }
+            assert_eq!(host.sim.timers.borrow().len(), 0);
+            assert!(env.clock.now().since(start) < Duration::from_millis(1));
+        });
+    }
+
+    #[test]
+    fn a_killed_life_never_runs_again() {
+        simulate(2, async |host: Host| {
+            let env = host.env("a");
+            let count = Rc::new(Cell::new(0));
+            let inner = Rc::clone(&count);
+            let ticker = env.clone();
+            let task = env.spawn("tick", async move {
+                loop {
+                    ticker.sleep(Duration::from_micros(10)).await;
+                    inner.set(inner.get() + 1);
+                }
+            });
+            host.sim.sleep(105_000).await;
+            assert!((9..=10).contains(&count.get()), "{}", count.get());
+            let before = count.get();
+            host.life.kill();
+            host.sim.sleep(1_000_000).await;
+            assert_eq!(count.get(), before);
+            assert!(task.is_finished());
+            assert_eq!(host.life.tasks(), 0);
+            assert_eq!(Rc::strong_count(&count), 1, "its futures are dropped");
+        });
+    }
+
+    #[test]
+    fn an_actor_ends_with_its_tasks() {
+        simulate(3, async |host: Host| {
+            let env = host.env("a");
+            let (tell, told) = tokio::sync::oneshot::channel::<u64>();
+            env.spawner.spawn_actor(
+                "b",
+                Box::new(move |env| {
+                    Box::pin(async move {
+                        let ticker = env.clone();
+                        env.spawn("forever", async move {
+                            loop {
+                                ticker.sleep(Duration::from_micros(10)).await;
+                            }
+                        });
+                        env.sleep(Duration::from_micros(50)).await;
+                        let _ = tell.send(7);
+                    })
+                }),
+            );
+            assert_eq!(told.await, Ok(7));
+            host.sim.sleep(100_000).await;
+            assert_eq!(host.life.tasks(), 0);
+        });
+    }
+
+    #[test]
+    fn clocks_drift_and_wall_clocks_step() {
+        simulate(4, async |mut host: Host| {
+            host.node = Node::new(0, 100_000, 0);
+            let env = host.env("a");
+            env.sleep(Duration::from_millis(11)).await;
+            let real = host.sim.now();
+            assert!((9_999_000..10_010_000).contains(&real), "{real}");
+            let before = env.clock.wall();
+            host.node.step_wall(-5_000_000_000);
+            assert!(env.clock.wall() < before);
+            assert!(env.clock.now() >= Time(11_000_000));
+        });
+    }
+}

@@ -1,0 +1,331 @@
+//! The medium of a simulated device: which bytes are there now, and which would
+//! be there after a crash. No time and no tasks: `backend::disk` adds them.
+//!
+//! The unit is the 4 KiB sector. Each sector has a durable content and, until a
+//! flush (or a forced unit access) settles it, a list of later contents that a
+//! power loss may or may not keep: any of them, or none, each sector by itself.
+//! After a failed flush a content may be *doomed*: it reads back until the
+//! crash, and no later flush makes it durable, as on a system that marks pages
+//! clean after a failed write-back.
+
+use crate::rng::Stream;
+use crate::trace::Digest;
+use outrider_core::env::{AlignedBuf, IoBuf};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Bytes of a sector: what a write makes or loses as one.
+pub const SECTOR: usize = 4096;
+
+/// A sector's bytes: a piece of the buffer they were written from.
+#[derive(Clone)]
+struct Sector {
+    buf: IoBuf,
+    offset: u32,
+}
+
+impl Sector {
+    fn bytes(&self) -> &[u8] {
+        &self.buf[self.offset as usize..self.offset as usize + SECTOR]
+    }
+}
+
+#[derive(Clone)]
+struct Version {
+    write: u64,
+    doomed: bool,
+    sector: Sector,
+}
+
+/// Which unsettled contents a power loss keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Survival {
+    /// Only what was durable.
+    None,
+    /// All that was written, as after the end of a process.
+    All,
+    /// Each sector any of its contents, at random.
+    Sectors,
+    /// Each write wholly or not at all, at random.
+    Writes,
+}
+
+/// The contents of a device. Cloning shares the sectors.
+#[derive(Clone)]
+pub struct Medium {
+    size: u64,
+    durable: BTreeMap<u64, Sector>,
+    pending: BTreeMap<u64, Vec<Version>>,
+    next_write: u64,
+}
+
+impl Medium {
+    /// An empty (zero) medium of `size` bytes.
+    pub fn new(size: u64) -> Self {
+        assert!(size.is_multiple_of(SECTOR as u64), "sizes are whole sectors");
+        Self {
+            size,
+            durable: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            next_write: 1,
+        }
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Copies what is there now into `out`.
+    pub fn read(&self, offset: u64, out: &mut [u8]) {
+        for (index, chunk) in out.chunks_mut(SECTOR).enumerate() {
+            let number = offset / SECTOR as u64 + index as u64;
+            match self.current(number) {
+                Some(sector) => chunk.copy_from_slice(sector.bytes()),
+                None => chunk.fill(0),
+            }
+        }
+    }
+
+    fn current(&self, number: u64) -> Option<&Sector> {
+        self.pending
+            .get(&number)
+            .and_then(|versions| versions.last())
+            .map(|version| &version.sector)
+            .or_else(|| self.durable.get(&number))
+    }
+
+    fn place(&mut self, number: u64, sector: Sector, write: u64, durable: bool) {
+        if durable {
+            self.pending.remove(&number);
+            self.durable.insert(number, sector);
+        } else {
+            self.pending.entry(number).or_default().push(Version {
+                write,
+                doomed: false,
+                sector,
+            });
+        }
+    }
+
+    /// Writes whole buffers; `durable` for forced unit access.
+    pub fn write(&mut self, offset: u64, bufs: &[IoBuf], durable: bool) {
+        self.write_some(offset, bufs, durable, |_| true);
+    }
+
+    /// Writes only the sectors that `keep` chooses: a write that failed or was
+    /// cut by a crash.
+    pub fn write_some(
+        &mut self,
+        offset: u64,
+        bufs: &[IoBuf],
+        durable: bool,
+        mut keep: impl FnMut(u64) -> bool,
+    ) {
+        let write = self.next_write;
+        self.next_write += 1;
+        let mut number = offset / SECTOR as u64;
+        for buf in bufs {
+            for piece in 0..buf.len() / SECTOR {
+                if keep(number) {
+                    let sector = Sector {
+                        buf: Arc::clone(buf),
+                        offset: (piece * SECTOR) as u32,
+                    };
+                    self.place(number, sector, write, durable);
+                }
+                number += 1;
+            }
+        }
+    }
+
+    /// The point a flush that starts now will cover.
+    pub fn flush_point(&self) -> u64 {
+        self.next_write
+    }
+
+    /// Completes a flush: all writes before `point` become durable, but for the doomed.
+    pub fn settle(&mut self, point: u64) {
+        let durable = &mut self.durable;
+        self.pending.retain(|number, versions| {
+            if let Some(last) = versions
+                .iter()
+                .rposition(|version| version.write < point && !version.doomed)
+            {
+                durable.insert(*number, versions[last].sector.clone());
+                versions.drain(..=last);
+            }
+            !versions.is_empty()
+        });
+    }
+
+    /// A flush that covered writes before `point` failed: each content may have
+    /// become durable, wait for another flush, or be doomed.
+    pub fn fail_flush(&mut self, point: u64, rng: &Stream) {
+        let durable = &mut self.durable;
+        self.pending.retain(|number, versions| {
+            for version in versions.iter_mut().filter(|version| version.write < point) {
+                version.doomed |= rng.chance(400);
+            }
+            if rng.chance(300)
+                && let Some(last) = versions
+                    .iter()
+                    .rposition(|version| version.write < point && !version.doomed)
+            {
+                durable.insert(*number, versions[last].sector.clone());
+                versions.drain(..=last);
+            }
+            !versions.is_empty()
+        });
+    }
+
+    /// Loses power: settles every sector by `survival`.
+    pub fn lose_power(&mut self, survival: Survival, rng: &Stream) {
+        let mut writes: BTreeMap<u64, bool> = BTreeMap::new();
+        for (number, versions) in std::mem::take(&mut self.pending) {
+            let chosen = match survival {
+                Survival::None => None,
+                Survival::All => versions.last(),
+                Survival::Sectors => {
+                    let pick = rng.below(versions.len() as u64 + 1) as usize;
+                    versions.get(pick)
+                }
+                Survival::Writes => versions.iter().rfind(|version| {
+                    *writes
+                        .entry(version.write)
+                        .or_insert_with(|| rng.chance(500))
+                }),
+            };
+            if let Some(version) = chosen {
+                self.durable.insert(number, version.sector.clone());
+            }
+        }
+    }
+
+    /// Number of sectors a power loss could still take back.
+    pub fn unsettled(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Flips bits of a durable sector: rot.
+    pub fn rot(&mut self, number: u64, rng: &Stream) {
+        let mut bytes = AlignedBuf::zeroed(SECTOR);
+        self.read(number * SECTOR as u64, &mut bytes);
+        for _ in 0..=rng.below(8) {
+            let at = rng.below(SECTOR as u64) as usize;
+            bytes[at] ^= 1 << rng.below(8);
+        }
+        let sector = Sector {
+            buf: Arc::new(bytes),
+            offset: 0,
+        };
+        self.pending.remove(&number);
+        self.durable.insert(number, sector);
+    }
+
+    /// Digest of what is there now; zero sectors count as absent.
+    pub fn hash(&self) -> u64 {
+        let mut digest = Digest::default();
+        digest.word(self.size);
+        let mut numbers: Vec<u64> = self.durable.keys().copied().collect();
+        numbers.extend(self.pending.keys().copied());
+        numbers.sort_unstable();
+        numbers.dedup();
+        for number in numbers {
+            let Some(sector) = self.current(number) else {
+                continue;
+            };
+            if sector.bytes().iter().any(|byte| *byte != 0) {
+                digest.word(number);
+                digest.bytes(sector.bytes());
+            }
+        }
+        digest.value()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn buf(byte: u8, sectors: usize) -> IoBuf {
+        let mut buf = AlignedBuf::zeroed(SECTOR * sectors);
+        buf.fill(byte);
+        Arc::new(buf)
+    }
+
+    fn byte_at(medium: &Medium, sector: u64) -> u8 {
+        let mut out = vec![0; SECTOR];
+        medium.read(sector * SECTOR as u64, &mut out);
+        assert!(out.iter().all(|b| *b == out[0]), "sectors are atomic");
+        out[0]
+    }
+
+    #[test]
+    fn a_flush_covers_only_what_completed_before_it_started() {
+        let rng = Stream::new(1, "t", 0);
+        let mut medium = Medium::new(1 << 20);
+        medium.write(0, &[buf(1, 1)], false);
+        let point = medium.flush_point();
+        medium.write(4096, &[buf(2, 1)], false);
+        medium.settle(point);
+        let mut crashed = medium.clone();
+        crashed.lose_power(Survival::None, &rng);
+        assert_eq!((byte_at(&crashed, 0), byte_at(&crashed, 1)), (1, 0));
+        assert_eq!((byte_at(&medium, 0), byte_at(&medium, 1)), (1, 2));
+    }
+
+    #[test]
+    fn a_power_loss_can_keep_any_subset() {
+        let mut seen = std::collections::BTreeSet::new();
+        for seed in 0..200 {
+            let rng = Stream::new(seed, "t", 0);
+            let mut medium = Medium::new(1 << 20);
+            medium.write(0, &[buf(1, 2)], false);
+            medium.write(0, &[buf(2, 2)], false);
+            medium.lose_power(Survival::Sectors, &rng);
+            seen.insert((byte_at(&medium, 0), byte_at(&medium, 1)));
+            assert_eq!(medium.unsettled(), 0);
+        }
+        assert_eq!(seen.len(), 9, "all of {{0,1,2}} x {{0,1,2}}: {seen:?}");
+    }
+
+    #[test]
+    fn forced_unit_access_is_durable_at_once() {
+        let rng = Stream::new(1, "t", 0);
+        let mut medium = Medium::new(1 << 20);
+        medium.write(0, &[buf(1, 1)], false);
+        medium.write(0, &[buf(3, 1)], true);
+        medium.lose_power(Survival::None, &rng);
+        assert_eq!(byte_at(&medium, 0), 3);
+    }
+
+    #[test]
+    fn doomed_contents_never_become_durable() {
+        let mut lost = 0;
+        for seed in 0..100 {
+            let rng = Stream::new(seed, "t", 0);
+            let mut medium = Medium::new(1 << 20);
+            medium.write(0, &[buf(1, 1)], false);
+            medium.fail_flush(medium.flush_point(), &rng);
+            assert_eq!(byte_at(&medium, 0), 1, "it still reads back");
+            medium.settle(medium.flush_point());
+            medium.lose_power(Survival::None, &rng);
+            lost += u32::from(byte_at(&medium, 0) == 0);
+        }
+        assert!((10..90).contains(&lost), "lost {lost} of 100");
+    }
+
+    #[test]
+    fn hashes_see_contents_not_history() {
+        let mut a = Medium::new(1 << 20);
+        a.write(8192, &[buf(1, 2), buf(2, 1)], false);
+        a.write(0, &[buf(0, 1)], false);
+        let mut b = Medium::new(1 << 20);
+        b.write(8192, &[buf(1, 1)], true);
+        b.write(12288, &[buf(1, 1), buf(2, 1)], true);
+        assert_eq!(a.hash(), b.hash());
+        b.write(0, &[buf(9, 1)], true);
+        assert_ne!(a.hash(), b.hash());
+    }
+}

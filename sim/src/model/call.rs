@@ -1,0 +1,199 @@
+//! What is asked of a filesystem and what it answers, as values.
+
+use bytes::Bytes;
+use outrider_core::errno::Errno;
+use outrider_core::fs::api::{Attr, FiemapExtent, Ino, SetAttr, StatFs, XattrSet};
+
+/// One request at the level of a FUSE message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // the fields are what their names say, in `fs::api` terms
+pub enum Call {
+    Lookup { dir: Ino, name: Bytes },
+    Getattr { ino: Ino },
+    Setattr { ino: Ino, set: SetAttr },
+    Readlink { ino: Ino },
+    Mknod { dir: Ino, name: Bytes, mode: u32, rdev: u32 },
+    Mkdir { dir: Ino, name: Bytes, mode: u32 },
+    Symlink { dir: Ino, name: Bytes, target: Bytes },
+    Create { dir: Ino, name: Bytes, mode: u32, excl: bool },
+    Tmpfile { dir: Ino, mode: u32 },
+    Unlink { dir: Ino, name: Bytes },
+    Rmdir { dir: Ino, name: Bytes },
+    Rename { dir: Ino, name: Bytes, to: Ino, new: Bytes, noreplace: bool },
+    Link { ino: Ino, dir: Ino, name: Bytes },
+    Open { ino: Ino },
+    Release { ino: Ino },
+    Read { ino: Ino, offset: u64, len: u32 },
+    Write { ino: Ino, offset: u64, len: u32, tag: u64, append: bool, sync: bool },
+    Fsync { ino: Ino },
+    Syncfs,
+    Setxattr { ino: Ino, name: Bytes, value: Bytes, how: XattrSet },
+    Getxattr { ino: Ino, name: Bytes },
+    Listxattr { ino: Ino },
+    Removexattr { ino: Ino, name: Bytes },
+    Readdir { ino: Ino },
+    Statfs,
+    Fallocate { ino: Ino, keep: bool, offset: u64, len: u64 },
+    Seek { ino: Ino, offset: u64, hole: bool },
+    Fiemap { ino: Ino },
+}
+
+impl Call {
+    /// Its name, for the trace.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Call::Lookup { .. } => "lookup",
+            Call::Getattr { .. } => "getattr",
+            Call::Setattr { .. } => "setattr",
+            Call::Readlink { .. } => "readlink",
+            Call::Mknod { .. } => "mknod",
+            Call::Mkdir { .. } => "mkdir",
+            Call::Symlink { .. } => "symlink",
+            Call::Create { .. } => "create",
+            Call::Tmpfile { .. } => "tmpfile",
+            Call::Unlink { .. } => "unlink",
+            Call::Rmdir { .. } => "rmdir",
+            Call::Rename { .. } => "rename",
+            Call::Link { .. } => "link",
+            Call::Open { .. } => "open",
+            Call::Release { .. } => "release",
+            Call::Read { .. } => "read",
+            Call::Write { .. } => "write",
+            Call::Fsync { .. } => "fsync",
+            Call::Syncfs => "syncfs",
+            Call::Setxattr { .. } => "setxattr",
+            Call::Getxattr { .. } => "getxattr",
+            Call::Listxattr { .. } => "listxattr",
+            Call::Removexattr { .. } => "removexattr",
+            Call::Readdir { .. } => "readdir",
+            Call::Statfs => "statfs",
+            Call::Fallocate { .. } => "fallocate",
+            Call::Seek { .. } => "lseek",
+            Call::Fiemap { .. } => "fiemap",
+        }
+    }
+
+    /// Whether it may fail with ENOSPC (spec 12 section 9: operations that allocate).
+    pub fn allocates(&self) -> bool {
+        matches!(
+            self,
+            Call::Mknod { .. }
+                | Call::Mkdir { .. }
+                | Call::Symlink { .. }
+                | Call::Create { .. }
+                | Call::Tmpfile { .. }
+                | Call::Rename { .. }
+                | Call::Link { .. }
+                | Call::Write { .. }
+                | Call::Setxattr { .. }
+                | Call::Removexattr { .. }
+                | Call::Fallocate { .. }
+        )
+    }
+
+    /// Whether it changes nothing that the model keeps.
+    pub fn is_read_only(&self) -> bool {
+        matches!(
+            self,
+            Call::Lookup { .. }
+                | Call::Getattr { .. }
+                | Call::Readlink { .. }
+                | Call::Read { .. }
+                | Call::Fsync { .. }
+                | Call::Syncfs
+                | Call::Getxattr { .. }
+                | Call::Listxattr { .. }
+                | Call::Readdir { .. }
+                | Call::Statfs
+                | Call::Seek { .. }
+                | Call::Fiemap { .. }
+        )
+    }
+
+    /// The file whose contents or size it changes, perhaps in several steps.
+    pub fn changes_data_of(&self) -> Option<Ino> {
+        match self {
+            Call::Write { ino, .. } | Call::Fallocate { ino, .. } => Some(*ino),
+            Call::Setattr { ino, set } if set.size.is_some() => Some(*ino),
+            _ => None,
+        }
+    }
+
+    /// The directories whose entries it changes.
+    pub fn changes_entries_of(&self) -> [Option<Ino>; 2] {
+        match self {
+            Call::Mknod { dir, .. }
+            | Call::Mkdir { dir, .. }
+            | Call::Symlink { dir, .. }
+            | Call::Create { dir, .. }
+            | Call::Unlink { dir, .. }
+            | Call::Rmdir { dir, .. }
+            | Call::Link { dir, .. } => [Some(*dir), None],
+            Call::Rename { dir, to, .. } => [Some(*dir), Some(*to)],
+            _ => [None, None],
+        }
+    }
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// It failed.
+    Err(Errno),
+    /// Done.
+    Done,
+    /// An inode found or made.
+    Entry(Attr),
+    /// An inode found by a cached name, without its attributes.
+    Found(Ino),
+    /// Attributes.
+    Attr(Attr),
+    /// Contents, a target, a value, or a list of names each ended by NUL.
+    Bytes(Bytes),
+    /// Bytes written, or a position.
+    Number(u64),
+    /// Entries of a directory in order, `.` and `..` first: inode, `DT_*` type, name.
+    Names(Vec<(Ino, u8, Bytes)>),
+    /// Figures of the volume.
+    Stat(StatFs),
+    /// Extents.
+    Extents(Vec<FiemapExtent>),
+}
+
+impl Reply {
+    /// A short text for the trace.
+    pub fn brief(&self) -> String {
+        match self {
+            Reply::Err(error) => error.name().to_owned(),
+            Reply::Done => "ok".to_owned(),
+            Reply::Found(ino) => format!("ino {ino} (cached)"),
+            Reply::Entry(attr) | Reply::Attr(attr) => format!(
+                "ino {} mode {:o} nlink {} size {} blocks {}",
+                attr.ino, attr.mode, attr.nlink, attr.size, attr.blocks
+            ),
+            Reply::Bytes(bytes) => format!(
+                "{} bytes {:08x}",
+                bytes.len(),
+                crate::trace::digest(bytes) as u32
+            ),
+            Reply::Number(number) => number.to_string(),
+            Reply::Names(names) => format!("{} names", names.len()),
+            Reply::Stat(stat) => format!("{stat:?}"),
+            Reply::Extents(extents) => format!("{} extents", extents.len()),
+        }
+    }
+}
+
+/// The byte that the write with this tag puts at this offset: never zero.
+pub fn pattern_byte(tag: u64, offset: u64) -> u8 {
+    let mixed = (offset ^ (tag << 7)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
+    (mixed as u8).max(1)
+}
+
+/// The bytes of a write.
+pub fn pattern(tag: u64, offset: u64, len: u32) -> Bytes {
+    (offset..offset + u64::from(len))
+        .map(|at| pattern_byte(tag, at))
+        .collect::<Vec<u8>>()
+        .into()
+}

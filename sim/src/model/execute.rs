@@ -1,0 +1,604 @@
+//! One request carried out on the model, and comparison of answers.
+
+use super::{
+    BLOCK, Block, Call, Context, Dirent, Inode, Model, Reply, S_IFDIR, S_IFLNK, S_IFREG, Stamp,
+    new_inode,
+};
+use bytes::Bytes;
+use outrider_core::env::WallTime;
+use outrider_core::errno::Errno;
+use outrider_core::fs::api::{Attr, Ino, SetAttr, SetTime, XattrSet};
+use std::rc::Rc;
+
+/// All errors that apply; which one is seen is not prescribed.
+type Errors = Vec<Errno>;
+
+fn gone() -> Errors {
+    vec![Errno::ENOENT, Errno::ESTALE]
+}
+
+/// Nanoseconds since 1970; `None` beyond their range (about year 2262).
+pub fn wall_nanos(time: WallTime) -> Option<i64> {
+    time.sec
+        .checked_mul(1_000_000_000)?
+        .checked_add(i64::from(time.nsec))
+}
+
+/// What the model would answer. Attributes are compared with the state instead.
+#[derive(Debug)]
+pub enum Expected {
+    Done,
+    /// The attributes of an inode, as an entry or by themselves.
+    Attr(Ino),
+    Bytes(Vec<u8>),
+    /// Names, in any order, each ended by NUL.
+    NameList,
+    Number(u64),
+    /// At most so many bytes written.
+    Written(u64),
+    Entries(Ino),
+    Extents(Ino),
+    Anything,
+}
+
+impl Model {
+    fn live(&self, ino: Ino) -> Result<&Inode, Errors> {
+        self.get(ino).ok_or_else(gone)
+    }
+
+    fn dir(&self, ino: Ino) -> Result<&Inode, Errors> {
+        let dir = self.live(ino)?;
+        if dir.is_dir() {
+            Ok(dir)
+        } else {
+            Err(vec![Errno::ENOTDIR])
+        }
+    }
+
+    fn file(&self, ino: Ino) -> Result<&Inode, Errors> {
+        let file = self.live(ino)?;
+        if file.is_file() {
+            Ok(file)
+        } else {
+            Err(vec![Errno::EINVAL, Errno::EISDIR, Errno::EOPNOTSUPP, Errno::EBADF, Errno::ENODEV])
+        }
+    }
+
+    /// Errors of adding `name` to `dir`.
+    fn may_add(&self, dir: Ino, name: &Bytes) -> Result<(), Errors> {
+        let inode = self.dir(dir)?;
+        let mut errors = Vec::new();
+        if name.len() > 255 {
+            errors.push(Errno::ENAMETOOLONG);
+        }
+        if inode.nlink == 0 {
+            errors.extend(gone());
+        }
+        if inode.entries.contains_key(name) {
+            errors.push(Errno::EEXIST);
+        }
+        if errors.is_empty() { Ok(()) } else { Err(errors) }
+    }
+
+    fn add_entry(&mut self, dir: Ino, name: &Bytes, ino: Ino, cx: &Context) {
+        let is_dir = self.get(ino).is_some_and(Inode::is_dir);
+        let inode = self.get_mut(dir);
+        inode.entries.insert(
+            name.clone(),
+            Dirent {
+                ino,
+                born: (cx.start, cx.end),
+            },
+        );
+        inode.size += name.len() as u64;
+        inode.nlink += u32::from(is_dir);
+        inode.mtime.set(cx);
+        inode.ctime.set(cx);
+        if is_dir {
+            self.get_mut(ino).parent = dir;
+        }
+    }
+
+    fn remove_entry(&mut self, dir: Ino, name: &Bytes, cx: &Context) -> Ino {
+        let inode = self.get_mut(dir);
+        let entry = inode.entries.remove(name).expect("an entry checked before");
+        inode.size -= name.len() as u64;
+        inode.mtime.set(cx);
+        inode.ctime.set(cx);
+        let is_dir = self.get(entry.ino).is_some_and(Inode::is_dir);
+        if is_dir {
+            self.get_mut(dir).nlink -= 1;
+        }
+        entry.ino
+    }
+
+    fn drop_link(&mut self, ino: Ino, cx: &Context) {
+        let inode = self.get_mut(ino);
+        inode.nlink = if inode.is_dir() { 0 } else { inode.nlink - 1 };
+        inode.ctime.set(cx);
+    }
+
+    /// The number of an inode that the call made: the one it answered with.
+    fn made(&self, reply: Option<&Reply>) -> Result<Ino, Errors> {
+        match reply {
+            Some(Reply::Entry(attr)) if !self.inodes.contains_key(&attr.ino) => Ok(attr.ino),
+            // A number in use: no state admits this answer.
+            _ => Err(Vec::new()),
+        }
+    }
+
+    fn make(
+        &mut self,
+        at: Option<(Ino, &Bytes)>,
+        inode: Inode,
+        reply: Option<&Reply>,
+        cx: &Context,
+    ) -> Result<Expected, Errors> {
+        let ino = self.made(reply)?;
+        self.inodes.insert(ino, Rc::new(inode));
+        if let Some((dir, name)) = at {
+            self.add_entry(dir, name, ino, cx);
+        }
+        Ok(Expected::Attr(ino))
+    }
+
+    /// Carries out `call`. An inode it makes gets the number in `reply`.
+    pub(super) fn execute(
+        &mut self,
+        call: &Call,
+        reply: Option<&Reply>,
+        cx: &Context,
+    ) -> Result<Expected, Errors> {
+        match call {
+            Call::Lookup { dir, name } => {
+                let entry = self.dir(*dir)?.entries.get(name);
+                let entry = entry.ok_or_else(|| vec![Errno::ENOENT])?;
+                Ok(Expected::Attr(entry.ino))
+            }
+            Call::Getattr { ino } => {
+                self.live(*ino)?;
+                Ok(Expected::Attr(*ino))
+            }
+            Call::Setattr { ino, set } => self.setattr(*ino, set, cx),
+            Call::Readlink { ino } => Ok(Expected::Bytes(self.live(*ino)?.target.to_vec())),
+            Call::Mknod {
+                dir,
+                name,
+                mode,
+                rdev,
+            } => {
+                self.may_add(*dir, name)?;
+                self.make(Some((*dir, name)), new_inode(*mode, *rdev, cx), reply, cx)
+            }
+            Call::Mkdir { dir, name, mode } => {
+                self.may_add(*dir, name)?;
+                let mut inode = new_inode(S_IFDIR | mode, 0, cx);
+                inode.nlink = 2;
+                self.make(Some((*dir, name)), inode, reply, cx)
+            }
+            Call::Symlink { dir, name, target } => {
+                self.may_add(*dir, name)?;
+                let mut inode = new_inode(S_IFLNK | 0o777, 0, cx);
+                inode.target = target.clone();
+                inode.size = target.len() as u64 + 1;
+                self.make(Some((*dir, name)), inode, reply, cx)
+            }
+            Call::Create {
+                dir,
+                name,
+                mode,
+                excl,
+            } => self.create(*dir, name, *mode, *excl, reply, cx),
+            Call::Tmpfile { dir, mode } => {
+                if self.dir(*dir)?.nlink == 0 {
+                    return Err(gone());
+                }
+                let mut inode = new_inode(S_IFREG | mode, 0, cx);
+                inode.nlink = 0;
+                inode.opens = 1;
+                self.make(None, inode, reply, cx)
+            }
+            Call::Unlink { dir, name } => self.remove(*dir, name, false, cx),
+            Call::Rmdir { dir, name } => self.remove(*dir, name, true, cx),
+            Call::Rename {
+                dir,
+                name,
+                to,
+                new,
+                noreplace,
+            } => self.rename((*dir, name), (*to, new), *noreplace, cx),
+            Call::Link { ino, dir, name } => {
+                if self.live(*ino)?.is_dir() {
+                    return Err(vec![Errno::EPERM]);
+                }
+                self.may_add(*dir, name)?;
+                let inode = self.get_mut(*ino);
+                inode.nlink += 1;
+                inode.ctime.set(cx);
+                self.add_entry(*dir, name, *ino, cx);
+                Ok(Expected::Attr(*ino))
+            }
+            Call::Open { ino } => {
+                self.live(*ino)?;
+                self.get_mut(*ino).opens += 1;
+                Ok(Expected::Done)
+            }
+            Call::Release { ino } => {
+                if let Some(inode) = self.inodes.get_mut(ino) {
+                    let inode = Rc::make_mut(inode);
+                    inode.opens = inode.opens.saturating_sub(1);
+                }
+                Ok(Expected::Done)
+            }
+            Call::Read { ino, offset, len } => Ok(Expected::Bytes(
+                self.file(*ino)?.read(*offset, u64::from(*len)),
+            )),
+            Call::Write {
+                ino,
+                offset,
+                len,
+                tag,
+                append,
+                ..
+            } => {
+                let file = self.file(*ino)?;
+                let offset = if *append { file.size } else { *offset };
+                let taken = match reply {
+                    Some(Reply::Number(number)) => (*number).min(u64::from(*len)),
+                    _ => u64::from(*len),
+                };
+                let inode = self.get_mut(*ino);
+                inode.write(offset, *tag, taken);
+                inode.mtime.set(cx);
+                inode.ctime.set(cx);
+                Ok(Expected::Written(u64::from(*len)))
+            }
+            Call::Fsync { ino } => {
+                self.live(*ino)?;
+                Ok(Expected::Done)
+            }
+            Call::Syncfs => Ok(Expected::Done),
+            Call::Setxattr {
+                ino,
+                name,
+                value,
+                how,
+            } => {
+                let exists = self.live(*ino)?.xattrs.contains_key(name);
+                match how {
+                    XattrSet::Create if exists => return Err(vec![Errno::EEXIST]),
+                    XattrSet::Replace if !exists => return Err(vec![Errno::ENODATA]),
+                    _ => {}
+                }
+                let inode = self.get_mut(*ino);
+                inode.xattrs.insert(name.clone(), value.clone());
+                inode.ctime.set(cx);
+                Ok(Expected::Done)
+            }
+            Call::Getxattr { ino, name } => {
+                let value = self.live(*ino)?.xattrs.get(name);
+                let value = value.ok_or_else(|| vec![Errno::ENODATA])?;
+                Ok(Expected::Bytes(value.to_vec()))
+            }
+            Call::Listxattr { ino } => {
+                self.live(*ino)?;
+                Ok(Expected::NameList)
+            }
+            Call::Removexattr { ino, name } => {
+                if !self.live(*ino)?.xattrs.contains_key(name) {
+                    return Err(vec![Errno::ENODATA]);
+                }
+                let inode = self.get_mut(*ino);
+                inode.xattrs.remove(name);
+                inode.ctime.set(cx);
+                Ok(Expected::Done)
+            }
+            Call::Readdir { ino } => {
+                self.dir(*ino)?;
+                Ok(Expected::Entries(*ino))
+            }
+            Call::Statfs => Ok(Expected::Anything),
+            Call::Fallocate {
+                ino,
+                keep,
+                offset,
+                len,
+            } => {
+                let size = self.file(*ino)?.size;
+                let end = offset + len;
+                if !keep && end > size {
+                    let inode = self.get_mut(*ino);
+                    inode.size = end;
+                    inode.mtime.may_set(cx);
+                    inode.ctime.may_set(cx);
+                }
+                Ok(Expected::Done)
+            }
+            Call::Seek { ino, offset, hole } => {
+                let file = self.file(*ino)?;
+                let at = seek(file, *offset, *hole).ok_or_else(|| vec![Errno::ENXIO])?;
+                Ok(Expected::Number(at))
+            }
+            Call::Fiemap { ino } => {
+                self.file(*ino)?;
+                Ok(Expected::Extents(*ino))
+            }
+        }
+    }
+
+    fn setattr(&mut self, ino: Ino, set: &SetAttr, cx: &Context) -> Result<Expected, Errors> {
+        let inode = self.live(ino)?;
+        if set.size.is_some() && !inode.is_file() {
+            return Err(vec![Errno::EINVAL, Errno::EISDIR]);
+        }
+        let inode = self.get_mut(ino);
+        if let Some(size) = set.size {
+            inode.truncate(size);
+            inode.mtime.set(cx);
+        }
+        if let Some(mode) = set.mode {
+            inode.mode = (inode.mode & super::S_IFMT) | (mode & 0o7777);
+        }
+        inode.uid = set.uid.unwrap_or(inode.uid);
+        inode.gid = set.gid.unwrap_or(inode.gid);
+        match set.mtime {
+            Some(SetTime::Now) => inode.mtime.set(cx),
+            Some(SetTime::At(time)) => {
+                inode.mtime = wall_nanos(time).map_or_else(Stamp::default, Stamp::exact);
+            }
+            None => {}
+        }
+        inode.ctime.set(cx);
+        Ok(Expected::Attr(ino))
+    }
+
+    fn create(
+        &mut self,
+        dir: Ino,
+        name: &Bytes,
+        mode: u32,
+        excl: bool,
+        reply: Option<&Reply>,
+        cx: &Context,
+    ) -> Result<Expected, Errors> {
+        let existing = self.dir(dir)?.entries.get(name).map(|entry| entry.ino);
+        if let Some(ino) = existing
+            && !excl
+        {
+            let inode = self.live(ino)?;
+            if inode.is_dir() {
+                return Err(vec![Errno::EISDIR, Errno::EEXIST]);
+            }
+            if !inode.is_file() {
+                // The kernel opens what is there by itself; a daemon asked to
+                // create over it may only say so.
+                return Err(vec![Errno::EEXIST, Errno::ELOOP, Errno::EINVAL, Errno::ENXIO, Errno::ESTALE]);
+            }
+            // The file may also be reported as being there (spec 12 section 11).
+            if matches!(reply, Some(Reply::Err(_))) {
+                return Err(vec![Errno::EEXIST]);
+            }
+            self.get_mut(ino).opens += 1;
+            return Ok(Expected::Attr(ino));
+        }
+        self.may_add(dir, name)?;
+        let mut inode = new_inode(S_IFREG | mode, 0, cx);
+        inode.opens = 1;
+        self.make(Some((dir, name)), inode, reply, cx)
+    }
+
+    fn remove(
+        &mut self,
+        dir: Ino,
+        name: &Bytes,
+        directory: bool,
+        cx: &Context,
+    ) -> Result<Expected, Errors> {
+        let entry = self.dir(dir)?.entries.get(name);
+        let ino = entry.ok_or_else(|| vec![Errno::ENOENT])?.ino;
+        let inode = self.live(ino)?;
+        match (directory, inode.is_dir()) {
+            (true, false) => return Err(vec![Errno::ENOTDIR]),
+            (false, true) => return Err(vec![Errno::EISDIR, Errno::EPERM]),
+            (true, true) if !inode.entries.is_empty() => return Err(vec![Errno::ENOTEMPTY]),
+            _ => {}
+        }
+        self.remove_entry(dir, name, cx);
+        self.drop_link(ino, cx);
+        Ok(Expected::Done)
+    }
+
+    fn is_ancestor(&self, ancestor: Ino, mut ino: Ino) -> bool {
+        loop {
+            if ino == ancestor {
+                return true;
+            }
+            match self.get(ino) {
+                Some(inode) if ino != super::ROOT && inode.parent != ino => ino = inode.parent,
+                _ => return false,
+            }
+        }
+    }
+
+    fn rename(
+        &mut self,
+        from: (Ino, &Bytes),
+        to: (Ino, &Bytes),
+        noreplace: bool,
+        cx: &Context,
+    ) -> Result<Expected, Errors> {
+        let source = self.dir(from.0)?.entries.get(from.1).map(|entry| entry.ino);
+        let target_dir = self.dir(to.0)?;
+        let target = target_dir.entries.get(to.1).map(|entry| entry.ino);
+        let mut errors = Vec::new();
+        if to.1.len() > 255 {
+            errors.push(Errno::ENAMETOOLONG);
+        }
+        if target_dir.nlink == 0 {
+            errors.extend(gone());
+        }
+        let Some(source) = source else {
+            errors.push(Errno::ENOENT);
+            return Err(errors);
+        };
+        if noreplace && target.is_some() {
+            errors.push(Errno::EEXIST);
+        }
+        let moved = self.live(source)?;
+        if moved.is_dir() && self.is_ancestor(source, to.0) {
+            errors.push(Errno::EINVAL);
+        }
+        if let Some(target) = target {
+            if target == source && errors.is_empty() {
+                return Ok(Expected::Done);
+            }
+            let replaced = self.live(target)?;
+            match (moved.is_dir(), replaced.is_dir()) {
+                (true, false) => errors.push(Errno::ENOTDIR),
+                (false, true) => errors.push(Errno::EISDIR),
+                _ => {}
+            }
+            if !replaced.entries.is_empty() {
+                errors.push(Errno::ENOTEMPTY);
+            }
+            if replaced.is_dir() && self.is_ancestor(target, from.0) {
+                errors.extend([Errno::ENOTEMPTY, Errno::EINVAL]);
+            }
+        }
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        if let Some(target) = target {
+            self.remove_entry(to.0, to.1, cx);
+            self.drop_link(target, cx);
+        }
+        self.remove_entry(from.0, from.1, cx);
+        self.add_entry(to.0, to.1, source, cx);
+        self.get_mut(source).ctime.set(cx);
+        Ok(Expected::Done)
+    }
+
+    /// Whether the answer fits what was expected; learns exact times from it.
+    pub(super) fn admits(
+        &mut self,
+        call: &Call,
+        expected: Expected,
+        reply: &Reply,
+        cx: &Context,
+    ) -> bool {
+        match (expected, reply) {
+            (_, Reply::Err(_)) => false,
+            (Expected::Anything, _) | (Expected::Done, Reply::Done) => true,
+            (Expected::Attr(ino), Reply::Entry(attr) | Reply::Attr(attr)) => {
+                attr.ino == ino && (cx.weak || self.admits_attr(ino, attr))
+            }
+            (Expected::Attr(ino), Reply::Found(found)) => ino == *found,
+            (Expected::Bytes(want), Reply::Bytes(got)) => cx.weak || want == got[..],
+            (Expected::NameList, Reply::Bytes(got)) => self.admits_name_list(call, got),
+            (Expected::Number(want), Reply::Number(got)) => cx.weak || want == *got,
+            (Expected::Written(most), Reply::Number(got)) => {
+                *got == most || (*got > 0 && *got < most && (cx.tolerance.space || cx.tolerance.io))
+            }
+            (Expected::Entries(dir), Reply::Names(names)) => {
+                cx.weak || self.admits_names(dir, names)
+            }
+            (Expected::Extents(ino), Reply::Extents(extents)) => {
+                let Some(file) = self.get(ino) else {
+                    return false;
+                };
+                cx.weak
+                    || extents
+                        .iter()
+                        .filter(|extent| extent.flags & 0x802 == 0)
+                        .flat_map(|e| e.logical / BLOCK..(e.logical + e.length) / BLOCK)
+                        .eq(file.blocks.keys().copied())
+            }
+            _ => false,
+        }
+    }
+
+    fn admits_attr(&mut self, ino: Ino, attr: &Attr) -> bool {
+        let Some(inode) = self.get(ino) else {
+            return false;
+        };
+        let (Some(mtime), Some(ctime)) = (wall_nanos(attr.mtime), wall_nanos(attr.ctime)) else {
+            return false;
+        };
+        let same = attr.mode == inode.mode
+            && attr.nlink == inode.nlink
+            && (attr.uid, attr.gid) == (inode.uid, inode.gid)
+            && attr.rdev == inode.rdev
+            && attr.size == inode.size
+            && attr.blocks == inode.blocks.len() as u64 * 8
+            && inode.mtime.admits(mtime)
+            && inode.ctime.admits(ctime);
+        if same && (inode.mtime.low != inode.mtime.high || inode.ctime.low != inode.ctime.high) {
+            let inode = self.get_mut(ino);
+            (inode.mtime.low, inode.mtime.high) = (mtime, mtime);
+            (inode.ctime.low, inode.ctime.high) = (ctime, ctime);
+        }
+        same
+    }
+
+    fn admits_name_list(&self, call: &Call, got: &Bytes) -> bool {
+        let Call::Listxattr { ino } = call else {
+            return false;
+        };
+        let Some(inode) = self.get(*ino) else {
+            return false;
+        };
+        let mut names: Vec<&[u8]> = got.split(|byte| *byte == 0).collect();
+        if names.pop().is_none_or(|last| !last.is_empty()) {
+            return false;
+        }
+        names.sort_unstable();
+        names.into_iter().eq(inode.xattrs.keys().map(|name| &name[..]))
+    }
+
+    fn admits_names(&self, dir: Ino, names: &[(Ino, u8, Bytes)]) -> bool {
+        let Some(inode) = self.get(dir) else {
+            return false;
+        };
+        let [(own, 4, dot), (up, 4, dots), rest @ ..] = names else {
+            // A removed directory may list nothing at all.
+            return names.is_empty() && inode.nlink == 0;
+        };
+        if *own != dir || dot != "." || dots != ".." || (*up != inode.parent && inode.nlink > 0) {
+            return false;
+        }
+        if rest.len() != inode.entries.len() {
+            return false;
+        }
+        let mut latest_start = 0;
+        let mut seen = std::collections::BTreeSet::new();
+        rest.iter().all(|(ino, dtype, name)| {
+            let Some(entry) = inode.entries.get(name) else {
+                return false;
+            };
+            let in_order = entry.born.1 >= latest_start;
+            latest_start = latest_start.max(entry.born.0);
+            let typed = self.get(*ino).is_some_and(|inode| inode.dtype() == *dtype);
+            in_order && entry.ino == *ino && typed && seen.insert(name.clone())
+        })
+    }
+}
+
+fn seek(file: &Inode, offset: u64, hole: bool) -> Option<u64> {
+    if offset >= file.size {
+        return None;
+    }
+    let start = offset / BLOCK;
+    if hole {
+        let mut block = start;
+        for written in file.blocks.range(start..).map(|(block, _)| *block) {
+            if written != block {
+                break;
+            }
+            block += 1;
+        }
+        return Some((block * BLOCK).max(offset).min(file.size));
+    }
+    let (block, _): (&u64, &Block) = file.blocks.range(start..).next()?;
+    let at = (block * BLOCK).max(offset);
+    (at < file.size).then_some(at)
+}

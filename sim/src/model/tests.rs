@@ -1,0 +1,163 @@
+use super::recover::Later;
+use super::*;
+use outrider_core::env::WallTime;
+use outrider_core::fs::api::SetAttr;
+
+fn cx(time: u64) -> Context {
+    Context {
+        start: time,
+        end: time + 1,
+        wall: (time as i64, time as i64),
+        ..Context::default()
+    }
+}
+
+fn name(text: &'static str) -> Bytes {
+    Bytes::from_static(text.as_bytes())
+}
+
+fn attr(ino: Ino, mode: u32, nlink: u32, size: u64, blocks: u64, time: i64) -> Attr {
+    let time = WallTime {
+        sec: 0,
+        nsec: time as u32,
+    };
+    Attr {
+        ino,
+        mode,
+        nlink,
+        size,
+        blocks,
+        mtime: time,
+        ctime: time,
+        ..Attr::default()
+    }
+}
+
+fn create(state: &Model, text: &'static str, ino: Ino, time: u64) -> Model {
+    let call = Call::Create {
+        dir: ROOT,
+        name: name(text),
+        mode: 0o644,
+        excl: true,
+    };
+    let reply = Reply::Entry(attr(ino, S_IFREG | 0o644, 1, 0, 0, time as i64));
+    let mut next = state.apply(&call, &reply, &cx(time));
+    assert_eq!(next.len(), 1);
+    next.remove(0)
+}
+
+fn write(state: &Model, ino: Ino, offset: u64, len: u32, tag: u64, time: u64) -> (Call, Model) {
+    let call = Call::Write {
+        ino,
+        offset,
+        len,
+        tag,
+        append: false,
+        sync: false,
+    };
+    let mut next = state.apply(&call, &Reply::Number(u64::from(len)), &cx(time));
+    assert_eq!(next.len(), 1);
+    (call, next.remove(0))
+}
+
+#[test]
+fn names_sizes_and_links_follow_the_rules() {
+    let state = create(&Model::new(S_IFDIR | 0o755), "a", 1024, 5);
+    let root = state.get(ROOT).unwrap();
+    assert_eq!((root.size, root.nlink), (1, 2));
+    let link = Call::Link {
+        ino: 1024,
+        dir: ROOT,
+        name: name("bb"),
+    };
+    let wrong = Reply::Entry(attr(1024, S_IFREG | 0o644, 1, 0, 0, 6));
+    assert!(state.apply(&link, &wrong, &cx(6)).is_empty(), "nlink must be 2");
+    let mut right = attr(1024, S_IFREG | 0o644, 2, 0, 0, 6);
+    right.mtime.nsec = 5;
+    let state = state.apply(&link, &Reply::Entry(right), &cx(6)).remove(0);
+    assert_eq!(state.get(ROOT).unwrap().size, 3);
+    let again = state.apply(&link, &Reply::Err(Errno::EEXIST), &cx(7));
+    assert_eq!(again.len(), 1);
+    assert!(state.apply(&link, &Reply::Err(Errno::ENOENT), &cx(7)).is_empty());
+}
+
+#[test]
+fn readdir_order_is_that_of_creation() {
+    let state = create(&Model::new(S_IFDIR | 0o755), "b", 1024, 5);
+    let state = create(&state, "a", 1025, 10);
+    let dots = [(ROOT, 4, name(".")), (ROOT, 4, name(".."))];
+    let list = |rest: [(Ino, &'static str); 2]| {
+        let rest = rest.map(|(ino, text)| (ino, 8, name(text)));
+        Reply::Names(dots.iter().cloned().chain(rest).collect())
+    };
+    let call = Call::Readdir { ino: ROOT };
+    let right = list([(1024, "b"), (1025, "a")]);
+    assert_eq!(state.apply(&call, &right, &cx(20)).len(), 1);
+    let wrong = list([(1025, "a"), (1024, "b")]);
+    assert!(state.apply(&call, &wrong, &cx(20)).is_empty());
+    let twice = list([(1024, "b"), (1024, "b")]);
+    assert!(state.apply(&call, &twice, &cx(20)).is_empty());
+}
+
+#[test]
+fn truncated_bytes_read_as_zeros_when_the_file_grows_again() {
+    let state = create(&Model::new(S_IFDIR | 0o755), "a", 1024, 5);
+    let (_, state) = write(&state, 1024, 0, 9000, 1, 6);
+    let mut inode = state.get(1024).unwrap().clone();
+    inode.truncate(100);
+    inode.truncate(9000);
+    assert_eq!(inode.blocks.len(), 1);
+    let bytes = inode.read(0, 10_000);
+    assert_eq!(bytes.len(), 9000);
+    assert!(bytes[..100].iter().all(|byte| *byte != 0));
+    assert!(bytes[100..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn recovery_accepts_committed_states_and_in_place_overwrites_only() {
+    let base = create(&Model::new(S_IFDIR | 0o755), "a", 1024, 5);
+    let (_, before) = write(&base, 1024, 0, 5000, 1, 6);
+    let (call, after) = write(&before, 1024, 100, 10, 2, 7);
+    let observe = |state: &Model, data: &Model| {
+        let mut seen = state.after_crash();
+        for inode in seen.inodes.values_mut() {
+            let inode = Rc::make_mut(inode);
+            inode.mtime = Stamp::exact(inode.mtime.low);
+            inode.ctime = Stamp::exact(inode.ctime.low);
+        }
+        seen.get_mut(1024).blocks = data.get(1024).unwrap().blocks.clone();
+        seen
+    };
+    let none = Later::default();
+    let overwrite = Later::new([&call]);
+    assert!(before.recovered_as(&observe(&before, &before), &none).is_ok());
+    // Later bytes may be there, but only if they were written.
+    let torn = observe(&before, &after);
+    assert!(before.recovered_as(&torn, &none).is_err());
+    assert!(before.recovered_as(&torn, &overwrite).is_ok());
+    // The state says the write is there: old bytes are a loss.
+    let lost = observe(&after, &before);
+    assert!(after.recovered_as(&lost, &none).unwrap_err().contains("byte 100"));
+    // A transaction is there whole or not at all.
+    assert!(base.recovered_as(&observe(&before, &before), &overwrite).is_err());
+}
+
+#[test]
+fn failures_are_tolerated_only_where_faults_are() {
+    let state = create(&Model::new(S_IFDIR | 0o755), "a", 1024, 5);
+    let call = Call::Setattr {
+        ino: 1024,
+        set: SetAttr {
+            size: Some(10),
+            ..SetAttr::default()
+        },
+    };
+    let failed = Reply::Err(Errno::EIO);
+    assert!(state.apply(&call, &failed, &cx(9)).is_empty());
+    let mut faulty = cx(9);
+    faulty.tolerance.io = true;
+    assert_eq!(state.apply(&call, &failed, &faulty).len(), 2, "done or not");
+    faulty.tolerance.space = true;
+    let full = Reply::Err(Errno::ENOSPC);
+    assert!(state.apply(&call, &full, &faulty).is_empty(), "truncate never allocates");
+}

@@ -1,0 +1,637 @@
+//! What a world does, as data: operations, faults, and how each life of the
+//! mount ends. A plan follows from a seed, but once written down it needs no
+//! seed: it can be saved, replayed and shrunk.
+//!
+//! Operations name objects by small numbers that the workload resolves against
+//! what exists when they run, so a plan stays meaningful when parts are removed.
+
+use crate::rng::Stream;
+use outrider_core::env::{DeviceRole, Entropy};
+use serde::{Deserialize, Serialize};
+
+/// One of the volume's devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Device {
+    /// The metadata device.
+    Meta,
+    /// The data device.
+    Data,
+}
+
+impl Device {
+    /// As the seam names it.
+    pub fn role(self) -> DeviceRole {
+        match self {
+            Device::Meta => DeviceRole::Meta,
+            Device::Data => DeviceRole::Data,
+        }
+    }
+}
+
+/// A kind of request to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskOp {
+    /// Read.
+    Read,
+    /// Write.
+    Write,
+    /// Flush.
+    Flush,
+}
+
+impl DiskOp {
+    /// Its name in the trace.
+    pub fn event(self) -> &'static str {
+        match self {
+            DiskOp::Read => "read",
+            DiskOp::Write => "write",
+            DiskOp::Flush => "flush",
+        }
+    }
+}
+
+/// A fault of a device. Times are nanoseconds of the world.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskFault {
+    /// Requests fail with an I/O error.
+    Error {
+        /// Which device.
+        device: Device,
+        /// Which requests.
+        op: DiskOp,
+        /// From when.
+        from: u64,
+        /// Until when.
+        until: u64,
+        /// How many at most.
+        times: u32,
+        /// Chance that a request fails, in thousandths.
+        permille: u32,
+    },
+    /// Requests that would complete in this time complete at its end.
+    Stall {
+        /// Which device.
+        device: Device,
+        /// From when.
+        from: u64,
+        /// Until when.
+        until: u64,
+    },
+}
+
+impl DiskFault {
+    /// Which device it is about.
+    pub fn role(&self) -> DeviceRole {
+        match self {
+            DiskFault::Error { device, .. } | DiskFault::Stall { device, .. } => device.role(),
+        }
+    }
+}
+
+/// What else may go wrong while a mount lives. Times are nanoseconds after the
+/// mount was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fault {
+    /// A device fault; its times count from the mount, too.
+    Disk(DiskFault),
+    /// The wall clock steps.
+    WallStep {
+        /// When.
+        at: u64,
+        /// By how many nanoseconds.
+        by: i64,
+    },
+    /// Every stream breaks.
+    ResetStreams {
+        /// When.
+        at: u64,
+    },
+    /// Nothing passes between the node and itself.
+    Partition {
+        /// From when.
+        from: u64,
+        /// Until when.
+        until: u64,
+    },
+}
+
+/// How a life of the mount ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// A clean unmount after the last window.
+    Unmount,
+    /// The process is killed.
+    Kill(When),
+    /// The machine loses power.
+    PowerLoss(When, Loss),
+    /// A forced unmount, then the process ends.
+    ForceUnmount(When),
+}
+
+/// When a life ends, if not by a clean unmount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum When {
+    /// Nanoseconds after the mount was asked for.
+    Time(u64),
+    /// At the n-th write or flush after the mount was asked for.
+    Request(u64),
+    /// After so many operations have been asked for.
+    Operations(u32),
+}
+
+/// What a power loss leaves (see `disk_model::Survival`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Loss {
+    /// Only flushed data.
+    AllUnflushed,
+    /// Nothing.
+    Nothing,
+    /// Sectors at random.
+    Sectors,
+    /// Writes at random.
+    Writes,
+}
+
+/// One operation. Objects are numbers to be resolved modulo what exists.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)] // the fields are what their names say, in `fs::api` terms
+pub enum PlanOp {
+    Lookup { dir: u16, name: u8 },
+    Getattr { obj: u16 },
+    Chmod { obj: u16, mode: u16 },
+    Chown { obj: u16, uid: u8, gid: u8 },
+    Utimes { obj: u16, at: i64 },
+    Truncate { file: u16, size: u64 },
+    Readlink { obj: u16 },
+    Mknod { dir: u16, name: u8, kind: u8 },
+    Mkdir { dir: u16, name: u8 },
+    Create { dir: u16, name: u8, excl: bool, hold: bool },
+    Tmpfile { dir: u16 },
+    Symlink { dir: u16, name: u8, len: u16 },
+    Unlink { dir: u16, name: u8 },
+    Rmdir { dir: u16, name: u8 },
+    Rename { dir: u16, name: u8, to: u16, new: u8, noreplace: bool },
+    Link { file: u16, dir: u16, name: u8 },
+    Open { file: u16 },
+    Close { file: u16 },
+    Read { file: u16, offset: u64, len: u32 },
+    Write { file: u16, offset: u64, len: u32, sync: bool },
+    Append { file: u16, len: u32 },
+    Fsync { file: u16, datasync: bool },
+    Syncfs,
+    Setxattr { obj: u16, name: u8, len: u16, how: u8 },
+    Getxattr { obj: u16, name: u8 },
+    Listxattr { obj: u16 },
+    Removexattr { obj: u16, name: u8 },
+    Readdir { dir: u16, plus: bool },
+    Statfs,
+    Fallocate { file: u16, keep: bool, offset: u64, len: u64 },
+    Seek { file: u16, offset: u64, hole: bool },
+    Fiemap { file: u16 },
+    Pause { micros: u32 },
+}
+
+/// The kinds of operations, for weights.
+pub const OP_KINDS: usize = 32;
+
+/// A stretch of the workload between two moments of quiet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// One list of operations for each task.
+    pub tasks: Vec<Vec<PlanOp>>,
+    /// Whether the filesystem is synced in the quiet after it.
+    pub sync: bool,
+    /// Whether everything is read and compared in the quiet after it.
+    pub audit: bool,
+}
+
+/// One life of the mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LifePlan {
+    /// What the workload does.
+    pub windows: Vec<Window>,
+    /// What goes wrong.
+    pub faults: Vec<Fault>,
+    /// How it ends.
+    pub end: End,
+}
+
+/// What kind of trouble a world is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, PartialOrd, Ord)]
+pub enum Profile {
+    /// Crashes and power losses.
+    Default,
+    /// Device errors, once and lasting, and stalls.
+    DiskErrors,
+    /// Devices so small that they fill up.
+    Full,
+    /// Mounts and unmounts that meet a fault.
+    Lifecycle,
+    /// Wall clocks that step, fast and slow clocks.
+    Clock,
+    /// Caches so small that everything is evicted all the time.
+    Memory,
+}
+
+/// All profiles, in the order in which seeds visit them.
+pub const PROFILES: [Profile; 6] = [
+    Profile::Default,
+    Profile::DiskErrors,
+    Profile::Full,
+    Profile::Lifecycle,
+    Profile::Clock,
+    Profile::Memory,
+];
+
+/// What is drawn for a whole world.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// Kind of trouble.
+    pub profile: Profile,
+    /// Bytes of the metadata device.
+    pub meta_size: u64,
+    /// Bytes of the data device.
+    pub data_size: u64,
+    /// The format version of the volume (1 or 2).
+    pub format_version: u64,
+    /// Whether the model of the kernel keeps names, attributes and pages.
+    pub kernel_caches: bool,
+    /// Whether it serializes operations as the kernel's inode locks do.
+    pub kernel_locks: bool,
+    /// How many names the workload uses.
+    pub names: u8,
+    /// How many xattr names it uses.
+    pub xattrs: u8,
+    /// Chance that a yield point yields, in thousandths.
+    pub yield_permille: u16,
+    /// Nanoseconds a poll takes.
+    pub poll_cost: u32,
+    /// Device latency: 0 fast, 1 usual, 2 slow.
+    pub disk_speed: u8,
+    /// Drift of the node's clock in parts per million.
+    pub drift_ppm: i32,
+    /// Draw for the small policies: how far caches and budgets are from their
+    /// defaults (0: defaults).
+    pub squeeze: u8,
+    /// How the fence agent behaves: 0 at once, 1 slow, 2 fails at first, 3 hangs at first.
+    pub fence: u8,
+}
+
+/// A whole world.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Where it came from; also feeds the executor, the disks and the network.
+    pub seed: u64,
+    /// What holds for the whole world.
+    pub config: Config,
+    /// Lives of the mount, one after the other.
+    pub lives: Vec<LifePlan>,
+}
+
+impl Plan {
+    /// Number of operations in it.
+    pub fn operations(&self) -> usize {
+        self.lives
+            .iter()
+            .flat_map(|life| &life.windows)
+            .flat_map(|window| &window.tasks)
+            .map(Vec::len)
+            .sum()
+    }
+
+    /// Whether operations may fail with an I/O error.
+    pub fn has_disk_errors(&self) -> bool {
+        self.lives.iter().flat_map(|life| &life.faults).any(|fault| {
+            matches!(fault, Fault::Disk(DiskFault::Error { .. }))
+        })
+    }
+
+    /// One line that says what the world is like.
+    pub fn header(&self) -> String {
+        let ends: Vec<String> = self.lives.iter().map(|life| format!("{:?}", life.end)).collect();
+        format!(
+            "seed {} profile {:?}: {} operations in {} lives ending {}; {:?}",
+            self.seed,
+            self.config.profile,
+            self.operations(),
+            self.lives.len(),
+            ends.join(", "),
+            self.config
+        )
+    }
+
+    /// Draws the plan of a seed; the profile follows from the seed unless given.
+    pub fn from_seed(seed: u64, profile: Option<Profile>) -> Plan {
+        let rng = Stream::new(seed, "plan", 0);
+        let drawn = PROFILES[rng.weighted(&[8, 3, 3, 3, 1, 2])];
+        let profile = profile.unwrap_or(drawn);
+        let config = draw_config(&rng, profile);
+        let mix = Mix::draw(&rng, profile, &config);
+        let lives = 1 + rng.weighted(&[1, 4, 3, 2]) as u64;
+        let total = 200 + rng.below(200);
+        let lives = (0..lives)
+            .map(|life| draw_life(&rng, &config, &mix, total / lives + 1, life + 1 == lives))
+            .collect();
+        Plan {
+            seed,
+            config,
+            lives,
+        }
+    }
+}
+
+const MIB: u64 = 1 << 20;
+
+fn draw_config(rng: &Stream, profile: Profile) -> Config {
+    let tiny = profile == Profile::Full;
+    let kernel_caches = rng.chance(750);
+    Config {
+        profile,
+        meta_size: if tiny { 64 * MIB } else { 256 * MIB },
+        data_size: if tiny { 64 * MIB } else { 1024 * MIB },
+        format_version: 1 + rng.below(2),
+        kernel_caches,
+        // Without its locks the kernel's caches would not be right by themselves.
+        kernel_locks: kernel_caches || rng.chance(300),
+        names: rng.pick(&[2, 4, 8, 16, 40]),
+        xattrs: rng.pick(&[1, 3, 8]),
+        yield_permille: rng.pick(&[0, 50, 200, 500, 900]),
+        poll_cost: rng.pick(&[50, 200, 2_000]),
+        disk_speed: rng.below(3) as u8,
+        drift_ppm: if profile == Profile::Clock {
+            rng.pick(&[-50_000, -200, 200, 50_000])
+        } else {
+            rng.pick(&[0, 0, -100, 100])
+        },
+        squeeze: match profile {
+            Profile::Memory => 2 + rng.below(2) as u8,
+            _ => rng.below(3) as u8,
+        },
+        fence: rng.weighted(&[6, 1, 1, 1]) as u8,
+    }
+}
+
+/// What the operations of a world are like.
+struct Mix {
+    weights: [u32; OP_KINDS],
+    tasks: u64,
+    window: u64,
+    big: bool,
+    max_file: u64,
+}
+
+impl Mix {
+    fn draw(rng: &Stream, profile: Profile, config: &Config) -> Self {
+        #[rustfmt::skip]
+        let mut weights: [u32; OP_KINDS] = [
+            // lookup getattr chmod chown utimes truncate readlink mknod mkdir create
+            10, 10, 4, 2, 3, 8, 2, 2, 8, 16,
+            // tmpfile symlink unlink rmdir rename link open close read write
+            2, 3, 10, 5, 12, 5, 6, 5, 14, 26,
+            // append fsync syncfs setxattr getxattr listxattr removexattr readdir statfs fallocate
+            6, 5, 1, 8, 4, 2, 3, 8, 1, 4,
+            // seek fiemap
+            3, 1,
+        ];
+        // Swarm: each world leaves out some kinds and is fond of others.
+        for weight in &mut weights {
+            match rng.below(8) {
+                0 => *weight = 0,
+                1 => *weight *= 4,
+                _ => {}
+            }
+        }
+        let create = 9;
+        weights[create] = weights[create].max(4);
+        let write = 19;
+        if profile == Profile::Full {
+            weights[write] = weights[write].max(40);
+            weights[29] = weights[29].max(10);
+        }
+        Self {
+            weights,
+            tasks: if config.kernel_locks {
+                rng.pick(&[1, 2, 4, 8])
+            } else {
+                rng.pick(&[1, 2, 3])
+            },
+            window: rng.pick(&[6, 12, 24, 40]),
+            big: profile == Profile::Full || rng.chance(200),
+            max_file: rng.pick(&[10_000, 100_000, 1_000_000]),
+        }
+    }
+}
+
+fn draw_life(rng: &Stream, config: &Config, mix: &Mix, ops: u64, last: bool) -> LifePlan {
+    let mut windows = Vec::new();
+    let mut left = ops;
+    while left > 0 {
+        let count = left.min(mix.window);
+        left -= count;
+        let mut window = Window {
+            tasks: vec![Vec::new(); mix.tasks as usize],
+            sync: rng.chance(400),
+            audit: rng.chance(300),
+        };
+        for n in 0..count {
+            let task = (n % mix.tasks) as usize;
+            window.tasks[task].push(draw_op(rng, config, mix));
+        }
+        windows.push(window);
+    }
+    let end = draw_end(rng, config.profile, ops, last);
+    LifePlan {
+        windows,
+        faults: draw_faults(rng, config.profile),
+        end,
+    }
+}
+
+fn draw_end(rng: &Stream, profile: Profile, ops: u64, last: bool) -> End {
+    if last && rng.chance(500) {
+        return End::Unmount;
+    }
+    let when = match rng.below(6) {
+        0 => When::Time(rng.below(20_000_000_000)),
+        1 | 2 => When::Request(1 + rng.below(60)),
+        3 => When::Request(1 + rng.below(400)),
+        _ => When::Operations(rng.below(ops + 1) as u32),
+    };
+    let force = if profile == Profile::Lifecycle { 300 } else { 50 };
+    if rng.chance(force) {
+        return End::ForceUnmount(when);
+    }
+    match rng.below(8) {
+        0 => End::Unmount,
+        1 | 2 => End::Kill(when),
+        3 => End::PowerLoss(when, Loss::AllUnflushed),
+        4 => End::PowerLoss(when, Loss::Nothing),
+        5 => End::PowerLoss(when, Loss::Writes),
+        _ => End::PowerLoss(when, Loss::Sectors),
+    }
+}
+
+fn draw_faults(rng: &Stream, profile: Profile) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    let device = || rng.pick(&[Device::Meta, Device::Meta, Device::Data]);
+    let stall = |faults: &mut Vec<Fault>| {
+        let from = rng.below(15_000_000_000);
+        faults.push(Fault::Disk(DiskFault::Stall {
+            device: device(),
+            from,
+            until: from + rng.below(4_000_000_000),
+        }));
+    };
+    match profile {
+        Profile::DiskErrors | Profile::Lifecycle => {
+            for _ in 0..1 + rng.below(4) {
+                let early = profile == Profile::Lifecycle;
+                let from = rng.below(if early { 2_000_000_000 } else { 20_000_000_000 });
+                let lasting = rng.chance(300);
+                faults.push(Fault::Disk(DiskFault::Error {
+                    device: device(),
+                    op: rng.pick(&[DiskOp::Read, DiskOp::Write, DiskOp::Flush]),
+                    from,
+                    until: from + rng.below(if lasting { 8_000_000_000 } else { 1_000_000_000 }),
+                    times: if lasting { 1000 } else { 1 },
+                    permille: rng.pick(&[100, 500, 1000]),
+                }));
+            }
+            if rng.chance(300) {
+                stall(&mut faults);
+            }
+        }
+        Profile::Clock => {
+            for _ in 0..1 + rng.below(4) {
+                let by = rng.pick(&[-86_400_000_000_000, -1_000_000_000, 1_000_000_000, 86_400_000_000_000]);
+                faults.push(Fault::WallStep {
+                    at: rng.below(15_000_000_000),
+                    by,
+                });
+            }
+        }
+        Profile::Default | Profile::Full | Profile::Memory => {
+            if rng.chance(150) {
+                stall(&mut faults);
+            }
+        }
+    }
+    if rng.chance(100) {
+        faults.push(Fault::ResetStreams {
+            at: rng.below(20_000_000_000),
+        });
+    }
+    if rng.chance(50) {
+        let from = rng.below(15_000_000_000);
+        faults.push(Fault::Partition {
+            from,
+            until: from + rng.below(3_000_000_000),
+        });
+    }
+    faults
+}
+
+fn draw_offset(rng: &Stream, mix: &Mix) -> u64 {
+    match rng.below(10) {
+        0 => 0,
+        1..=4 => rng.below(mix.max_file.min(20_000)),
+        5 | 6 => rng.below(mix.max_file),
+        7 | 8 => rng.below(mix.max_file.div_ceil(4096)) * 4096,
+        _ if mix.big => rng.below(1 << 40),
+        _ => rng.below(mix.max_file * 4),
+    }
+}
+
+fn draw_len(rng: &Stream, mix: &Mix) -> u32 {
+    match rng.below(12) {
+        0 => 1,
+        1..=6 => 1 + rng.below(5_000) as u32,
+        7..=9 => 1 + rng.below(40_000) as u32,
+        10 => 4096 * (1 + rng.below(8) as u32),
+        _ if mix.big => 1 + rng.below(1 << 20) as u32,
+        _ => 1 + rng.below(100_000) as u32,
+    }
+}
+
+fn draw_op(rng: &Stream, config: &Config, mix: &Mix) -> PlanOp {
+    if rng.chance(30) {
+        let micros = rng.pick(&[10, 1_000, 100_000, 3_000_000]);
+        return PlanOp::Pause { micros };
+    }
+    let any = || rng.below(1 << 16) as u16;
+    // Few directories, and the root often: contention is where the bugs are.
+    let dir = || if rng.chance(400) { 0 } else { any() };
+    let name = || rng.below(u64::from(config.names)) as u8;
+    let xattr = || rng.below(u64::from(config.xattrs)) as u8;
+    match rng.weighted(&mix.weights) {
+        0 => PlanOp::Lookup { dir: dir(), name: name() },
+        1 => PlanOp::Getattr { obj: any() },
+        2 => PlanOp::Chmod { obj: any(), mode: rng.below(0o1000) as u16 },
+        3 => PlanOp::Chown { obj: any(), uid: rng.below(4) as u8, gid: rng.below(4) as u8 },
+        4 => PlanOp::Utimes { obj: any(), at: rng.range(0, 1 << 62) as i64 - (1 << 60) },
+        5 => PlanOp::Truncate { file: any(), size: draw_offset(rng, mix) },
+        6 => PlanOp::Readlink { obj: any() },
+        7 => PlanOp::Mknod { dir: dir(), name: name(), kind: rng.below(4) as u8 },
+        8 => PlanOp::Mkdir { dir: dir(), name: name() },
+        9 => PlanOp::Create { dir: dir(), name: name(), excl: rng.chance(300), hold: rng.chance(500) },
+        10 => PlanOp::Tmpfile { dir: dir() },
+        11 => PlanOp::Symlink { dir: dir(), name: name(), len: 1 + rng.pick(&[3, 100, 895, 896, 2000, 4094]) },
+        12 => PlanOp::Unlink { dir: dir(), name: name() },
+        13 => PlanOp::Rmdir { dir: dir(), name: name() },
+        14 => PlanOp::Rename { dir: dir(), name: name(), to: dir(), new: name(), noreplace: rng.chance(200) },
+        15 => PlanOp::Link { file: any(), dir: dir(), name: name() },
+        16 => PlanOp::Open { file: any() },
+        17 => PlanOp::Close { file: any() },
+        18 => PlanOp::Read { file: any(), offset: draw_offset(rng, mix), len: draw_len(rng, mix) },
+        19 => PlanOp::Write { file: any(), offset: draw_offset(rng, mix), len: draw_len(rng, mix), sync: rng.chance(30) },
+        20 => PlanOp::Append { file: any(), len: draw_len(rng, mix) },
+        21 => PlanOp::Fsync { file: any(), datasync: rng.chance(500) },
+        22 => PlanOp::Syncfs,
+        23 => PlanOp::Setxattr { obj: any(), name: xattr(), len: rng.pick(&[0, 5, 100, 870, 896, 1800, 9_000, 65_535]), how: rng.weighted(&[6, 1, 1]) as u8 },
+        24 => PlanOp::Getxattr { obj: any(), name: xattr() },
+        25 => PlanOp::Listxattr { obj: any() },
+        26 => PlanOp::Removexattr { obj: any(), name: xattr() },
+        27 => PlanOp::Readdir { dir: dir(), plus: rng.chance(300) },
+        28 => PlanOp::Statfs,
+        29 => PlanOp::Fallocate {
+            file: any(),
+            // A failed growing fallocate may stop anywhere: keep the size where it can fail.
+            keep: matches!(config.profile, Profile::Full | Profile::DiskErrors | Profile::Lifecycle) || rng.chance(500),
+            offset: draw_offset(rng, mix),
+            len: if mix.big { 1 + rng.below(16 * MIB) } else { u64::from(draw_len(rng, mix)) },
+        },
+        30 => PlanOp::Seek { file: any(), offset: draw_offset(rng, mix), hole: rng.chance(500) },
+        _ => PlanOp::Fiemap { file: any() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_always_gives_the_same_plan_and_plans_survive_saving() {
+        for seed in 0..50 {
+            let plan = Plan::from_seed(seed, None);
+            assert_eq!(plan, Plan::from_seed(seed, None));
+            assert!(plan.operations() >= 200);
+            let saved = serde_json::to_string(&plan).unwrap();
+            assert_eq!(serde_json::from_str::<Plan>(&saved).unwrap(), plan);
+        }
+    }
+
+    #[test]
+    fn seeds_reach_every_profile_and_every_end() {
+        let mut profiles = std::collections::BTreeSet::new();
+        let mut ends = std::collections::BTreeSet::new();
+        for seed in 0..300 {
+            let plan = Plan::from_seed(seed, None);
+            profiles.insert(plan.config.profile);
+            for life in &plan.lives {
+                ends.insert(format!("{:?}", life.end).chars().take(4).collect::<String>());
+            }
+        }
+        assert_eq!(profiles.len(), PROFILES.len());
+        assert_eq!(ends.len(), 4, "{ends:?}");
+    }
+}

@@ -1,0 +1,122 @@
+//! What happened, as a running hash and (on replay) one line per event.
+//!
+//! The hash covers time, node, kind and arguments of every event, so that two
+//! runs of a seed can be compared without keeping either.
+
+use std::cell::{Cell, RefCell};
+
+/// A 64 bit digest (FNV-1a over words, mixed), stable everywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Digest(u64);
+
+impl Default for Digest {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Digest {
+    /// Adds one number.
+    pub fn word(&mut self, word: u64) {
+        let mixed = (self.0 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 29);
+    }
+
+    /// Adds bytes and their number.
+    pub fn bytes(&mut self, bytes: &[u8]) {
+        self.word(bytes.len() as u64);
+        let mut chunks = bytes.chunks_exact(8);
+        for chunk in &mut chunks {
+            let mut word = [0; 8];
+            word.copy_from_slice(chunk);
+            self.word(u64::from_le_bytes(word));
+        }
+        let rest = chunks.remainder();
+        if !rest.is_empty() {
+            let mut word = [0; 8];
+            word[..rest.len()].copy_from_slice(rest);
+            self.word(u64::from_le_bytes(word));
+        }
+    }
+
+    /// The digest so far.
+    pub fn value(self) -> u64 {
+        let x = self.0;
+        let x = (x ^ (x >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+        x ^ (x >> 32)
+    }
+}
+
+/// The digest of some bytes.
+pub fn digest(bytes: &[u8]) -> u64 {
+    let mut digest = Digest::default();
+    digest.bytes(bytes);
+    digest.value()
+}
+
+/// Receives the lines of a replay.
+pub type LineSink = Box<dyn FnMut(&str)>;
+
+/// The events of one world.
+#[derive(Default)]
+pub struct Trace {
+    digest: Cell<Digest>,
+    count: Cell<u64>,
+    sink: RefCell<Option<LineSink>>,
+}
+
+impl Trace {
+    /// A trace that also writes its lines to `sink`, if there is one.
+    pub fn new(sink: Option<LineSink>) -> Self {
+        Self {
+            sink: RefCell::new(sink),
+            ..Self::default()
+        }
+    }
+
+    /// Records one event at `nanos` of simulated time. `text` is asked for only
+    /// if somebody reads the lines; what it says must follow from the arguments.
+    pub fn event(
+        &self,
+        nanos: u64,
+        node: u32,
+        kind: &'static str,
+        args: &[u64],
+        text: impl FnOnce() -> String,
+    ) {
+        let mut digest = self.digest.get();
+        digest.word(nanos);
+        digest.word(u64::from(node));
+        digest.bytes(kind.as_bytes());
+        for arg in args {
+            digest.word(*arg);
+        }
+        self.digest.set(digest);
+        let number = self.count.get() + 1;
+        self.count.set(number);
+        if let Some(sink) = &mut *self.sink.borrow_mut() {
+            let (sec, ns) = (nanos / 1_000_000_000, nanos % 1_000_000_000);
+            sink(&format!(
+                "{sec:5}.{:06}.{:03} #{number:<6} n{node} {kind:<10} {}",
+                ns / 1000,
+                ns % 1000,
+                text()
+            ));
+        }
+    }
+
+    /// Whether somebody reads the lines.
+    pub fn is_logging(&self) -> bool {
+        self.sink.borrow().is_some()
+    }
+
+    /// Digest of all events so far.
+    pub fn hash(&self) -> u64 {
+        self.digest.get().value()
+    }
+
+    /// Number of events so far.
+    pub fn count(&self) -> u64 {
+        self.count.get()
+    }
+}
