@@ -16,7 +16,7 @@ use crate::backend::Sim;
 use crate::model::{Call, Reply, pattern};
 use crate::rng::Stream;
 use bytes::Bytes;
-use outrider_core::env::{Entropy, LocalBoxFuture, Signal};
+use outrider_core::env::{LocalBoxFuture, Signal};
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{
     Attr, Caller, Entry, Ino, Inval, KernelCache, Opened, Posix, SetAttr, Whence, WriteHow,
@@ -553,7 +553,7 @@ impl<P: Posix> Kernel<P> {
         let mut names = Vec::new();
         let mut offset = 0;
         let result = loop {
-            let before = names.len();
+            let (before, at) = (names.len(), offset);
             let mut room = batch;
             let mut sink = |entry: outrider_core::fs::api::DirEntry| {
                 if room == 0 {
@@ -567,7 +567,6 @@ impl<P: Posix> Kernel<P> {
                 names.push((entry.ino, entry.dtype, entry.name));
                 true
             };
-            let at = names_offset(before, offset);
             let sink: &mut dyn FnMut(outrider_core::fs::api::DirEntry) -> bool = &mut sink;
             let outcome = self
                 .fs
@@ -738,11 +737,6 @@ impl<P: Posix> Kernel<P> {
         }
         self.fs.forget(ino, count);
     }
-}
-
-/// Where a listing goes on: at its start, or where its last entry said.
-fn names_offset(count: usize, next: u64) -> u64 {
-    if count == 0 { 0 } else { next }
 }
 
 impl<P> Kernel<P> {

@@ -12,6 +12,7 @@
 pub mod disk;
 pub mod net;
 
+use crate::model::wall_time;
 use crate::rng::Stream;
 use crate::trace::Trace;
 use madsim::task::AbortHandle;
@@ -379,14 +380,6 @@ impl Node {
     /// Nanoseconds since 1970 on this node's wall clock.
     pub fn wall_nanos(&self, now: u64) -> i64 {
         self.wall_offset.get() + self.local(now) as i64
-    }
-}
-
-/// Nanoseconds since 1970 as wall time.
-pub fn wall_time(nanos: i64) -> WallTime {
-    WallTime {
-        sec: nanos.div_euclid(1_000_000_000),
-        nsec: nanos.rem_euclid(1_000_000_000) as u32,
     }
 }
 

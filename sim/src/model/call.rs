@@ -197,3 +197,45 @@ pub fn pattern(tag: u64, offset: u64, len: u32) -> Bytes {
         .collect::<Vec<u8>>()
         .into()
 }
+
+impl Reply {
+    /// A digest for the trace.
+    pub fn digest(&self) -> u64 {
+        let mut digest = crate::trace::Digest::default();
+        match self {
+            Reply::Err(error) => digest.word(error.0 as u64),
+            Reply::Done => digest.word(1000),
+            Reply::Found(ino) => digest.word(*ino),
+            Reply::Entry(attr) | Reply::Attr(attr) => {
+                for word in [attr.ino, attr.size, attr.blocks, u64::from(attr.nlink)] {
+                    digest.word(word);
+                }
+                for time in [attr.mtime, attr.ctime] {
+                    digest.word(time.sec as u64);
+                    digest.word(u64::from(time.nsec));
+                }
+            }
+            Reply::Bytes(bytes) => digest.bytes(bytes),
+            Reply::Number(number) => digest.word(*number),
+            Reply::Names(names) => {
+                for (ino, _, name) in names {
+                    digest.word(*ino);
+                    digest.bytes(name);
+                }
+            }
+            Reply::Stat(stat) => {
+                for word in [stat.blocks, stat.free, stat.files, stat.files_free] {
+                    digest.word(word);
+                }
+            }
+            Reply::Extents(extents) => {
+                for extent in extents {
+                    for word in [extent.logical, extent.physical, extent.length] {
+                        digest.word(word);
+                    }
+                }
+            }
+        }
+        digest.value()
+    }
+}

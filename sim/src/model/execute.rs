@@ -602,3 +602,80 @@ fn seek(file: &Inode, offset: u64, hole: bool) -> Option<u64> {
     let at = (block * BLOCK).max(offset);
     (at < file.size).then_some(at)
 }
+
+impl Model {
+    /// The attributes of an inode, where its times are known.
+    pub fn attr(&self, ino: Ino) -> Option<Attr> {
+        let inode = self.get(ino)?;
+        Some(Attr {
+            ino,
+            size: inode.size,
+            blocks: inode.blocks.len() as u64 * 8,
+            mtime: crate::model::wall_time(inode.mtime.low),
+            ctime: crate::model::wall_time(inode.ctime.low),
+            mode: inode.mode,
+            nlink: inode.nlink,
+            uid: inode.uid,
+            gid: inode.gid,
+            rdev: inode.rdev,
+            ..Attr::default()
+        })
+    }
+
+    /// Carries out a call as a filesystem would; an inode it makes is `ino`.
+    pub fn answer(&mut self, call: &Call, ino: Ino, cx: &Context) -> Reply {
+        let fresh = Reply::Entry(Attr {
+            ino,
+            ..Attr::default()
+        });
+        let expected = match self.execute(call, Some(&fresh), cx) {
+            Ok(expected) => expected,
+            Err(errors) => return Reply::Err(errors.first().copied().unwrap_or(Errno::EIO)),
+        };
+        match expected {
+            Expected::Done => Reply::Done,
+            Expected::Attr(ino) => Reply::Entry(self.attr(ino).unwrap_or_default()),
+            Expected::Bytes(bytes) => Reply::Bytes(bytes.into()),
+            Expected::Number(number) | Expected::Written(number) => Reply::Number(number),
+            Expected::Anything => Reply::Stat(outrider_core::fs::api::StatFs::default()),
+            Expected::NameList => {
+                let inode = call.subjects()[0].and_then(|ino| self.get(ino));
+                let names = inode.map(|inode| inode.xattrs.keys().cloned().collect::<Vec<_>>());
+                let names = names.unwrap_or_default();
+                let list: Vec<u8> = names
+                    .iter()
+                    .flat_map(|name| name.iter().copied().chain([0]))
+                    .collect();
+                Reply::Bytes(list.into())
+            }
+            Expected::Entries(dir) => Reply::Names(self.listing(dir)),
+            Expected::Extents(ino) => Reply::Extents(self.extents(ino)),
+        }
+    }
+
+    fn listing(&self, dir: Ino) -> Vec<(Ino, u8, Bytes)> {
+        let Some(inode) = self.get(dir) else {
+            return Vec::new();
+        };
+        let mut entries: Vec<_> = inode.entries.iter().collect();
+        entries.sort_by_key(|(_, entry)| entry.born);
+        let dots = [(dir, "."), (inode.parent, "..")];
+        let dots = dots.map(|(ino, dot)| (ino, 4, Bytes::from_static(dot.as_bytes())));
+        let rest = entries.into_iter().map(|(name, entry)| {
+            let dtype = self.get(entry.ino).map_or(0, Inode::dtype);
+            (entry.ino, dtype, name.clone())
+        });
+        dots.into_iter().chain(rest).collect()
+    }
+
+    fn extents(&self, ino: Ino) -> Vec<outrider_core::fs::api::FiemapExtent> {
+        let blocks = self.get(ino).map(|inode| inode.blocks.keys().copied());
+        let extent = |block| outrider_core::fs::api::FiemapExtent {
+            logical: block * BLOCK,
+            physical: (block + 1000) * BLOCK,
+            length: BLOCK,
+            flags: 0,
+        };
+        blocks.into_iter().flatten().map(extent).collect()
+    }
+}

@@ -81,6 +81,14 @@ impl Stamp {
     }
 }
 
+/// Nanoseconds since 1970 as wall time.
+pub fn wall_time(nanos: i64) -> outrider_core::env::WallTime {
+    outrider_core::env::WallTime {
+        sec: nanos.div_euclid(1_000_000_000),
+        nsec: nanos.rem_euclid(1_000_000_000) as u32,
+    }
+}
+
 /// A directory entry: its inode, and when the call that made it ran (world time).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dirent {

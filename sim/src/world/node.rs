@@ -1,0 +1,1 @@
+//! Outrider itself as the system under test.

@@ -1,0 +1,620 @@
+//! The programs: they turn the plan's operations into calls on what exists.
+
+use super::life::Fate;
+use super::{System, World};
+use crate::backend::{Node, Sim};
+use crate::kernel::{Handle, Kernel, Recorder};
+use crate::model::{Call, Context, Model, Reply, S_IFMT, S_IFREG, Tolerance, wall_time};
+use crate::oracle::{Oracle, Violation};
+use crate::plan::{LifePlan, PlanOp, Profile};
+use bytes::Bytes;
+use outrider_core::fs::api::{Ino, Posix, SetAttr, SetTime, XattrSet};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// What the workload knows to exist.
+#[derive(Default)]
+pub(super) struct Table {
+    dirs: Vec<Ino>,
+    files: Vec<Ino>,
+    others: Vec<Ino>,
+    held: BTreeMap<Ino, Vec<Rc<Handle>>>,
+}
+
+impl Table {
+    /// Knows what was observed, and nothing else.
+    pub fn fill(&mut self, observed: &Model) {
+        *self = Self::default();
+        for ino in observed.reachable() {
+            if let Some(inode) = observed.get(ino) {
+                self.add(ino, inode.mode);
+            }
+        }
+    }
+
+    fn add(&mut self, ino: Ino, mode: u32) {
+        let list = match mode & S_IFMT {
+            crate::model::S_IFDIR => &mut self.dirs,
+            S_IFREG => &mut self.files,
+            _ => &mut self.others,
+        };
+        if !list.contains(&ino) {
+            list.push(ino);
+            // The newest ones are the most interesting.
+            if list.len() > 24 {
+                list.remove(1);
+            }
+        }
+    }
+
+    fn dir(&self, number: u16) -> Ino {
+        self.dirs[usize::from(number) % self.dirs.len()]
+    }
+
+    fn file(&self, number: u16) -> Option<Ino> {
+        let count = self.files.len();
+        (count > 0).then(|| self.files[usize::from(number) % count])
+    }
+
+    fn any(&self, number: u16) -> Ino {
+        let all = self.dirs.len() + self.files.len() + self.others.len();
+        let index = usize::from(number) % all;
+        let lists = self.dirs.iter().chain(&self.files).chain(&self.others);
+        *lists.skip(index).next().expect("an index below the number")
+    }
+
+    fn special(&self, ino: Ino) -> bool {
+        self.others.contains(&ino)
+    }
+}
+
+/// Where calls are written down, for the judge and the trace.
+pub(super) struct Desk {
+    sim: Rc<Sim>,
+    node: Rc<Node>,
+    fate: Rc<Fate>,
+    oracle: Rc<RefCell<Oracle>>,
+    steps: Rc<RefCell<Vec<(u64, i64, i64)>>>,
+    pending: RefCell<BTreeMap<usize, Open>>,
+    next: Cell<usize>,
+    tolerance: Tolerance,
+    first_tag: u64,
+    tags: Cell<u64>,
+    count: Rc<dyn Fn()>,
+}
+
+impl Desk {
+    pub fn new<S: System>(world: &Rc<World<S>>, life: &LifePlan, fate: &Rc<Fate>) -> Self {
+        let counting = Rc::clone(world);
+        let first_tag = world.next_tag.get();
+        world.next_tag.set(first_tag + 1_000_000);
+        let errors = life.faults.iter().any(|fault| {
+            matches!(
+                fault,
+                crate::plan::Fault::Disk(crate::plan::DiskFault::Error { .. })
+            )
+        });
+        Self {
+            sim: Rc::clone(&world.sim),
+            node: Rc::clone(&world.node),
+            fate: Rc::clone(fate),
+            oracle: Rc::clone(&world.oracle),
+            steps: Rc::clone(&world.steps),
+            pending: RefCell::default(),
+            next: Cell::new(0),
+            tolerance: Tolerance {
+                io: errors,
+                space: world.plan.config.profile == Profile::Full,
+                link: false,
+            },
+            first_tag,
+            tags: Cell::new(0),
+            count: Rc::new(move || counting.calls.set(counting.calls.get() + 1)),
+        }
+    }
+
+    fn tag(&self) -> u64 {
+        self.tags.set(self.tags.get() + 1);
+        self.first_tag + self.tags.get()
+    }
+
+    fn context(&self, start: u64, wall: i64) -> Context {
+        let end = self.sim.now();
+        let now = self.node.wall_nanos(end);
+        let mut range = (wall.min(now), wall.max(now));
+        for (at, before, after) in self.steps.borrow().iter() {
+            if (start..=end).contains(at) {
+                range.0 = range.0.min(*before).min(*after);
+                range.1 = range.1.max(*before).max(*after);
+            }
+        }
+        Context {
+            start,
+            end,
+            wall: range,
+            tolerance: Tolerance {
+                link: self.fate.is_severed(),
+                ..self.tolerance
+            },
+            weak: false,
+        }
+    }
+
+    /// Adds the calls without an answer to a failure of liveness.
+    pub fn name_hanging(&self, mut failure: Violation) -> Violation {
+        for open in self.pending.borrow().values() {
+            let mut text = format!("\n  no answer: {:?}", open.call);
+            text.truncate(300);
+            failure.text.push_str(&text);
+        }
+        failure
+    }
+}
+
+/// A call without an answer so far.
+struct Open {
+    number: usize,
+    start: u64,
+    wall: i64,
+    call: Call,
+}
+
+impl Recorder for Desk {
+    fn begin(&self, call: &Call) -> usize {
+        self.fate.count_call();
+        (self.count)();
+        let ticket = self.next.get();
+        self.next.set(ticket + 1);
+        let (start, subjects) = (self.sim.now(), call.subjects());
+        let wall = self.node.wall_nanos(start);
+        let args = [
+            ticket as u64,
+            subjects[0].unwrap_or(0),
+            subjects[1].unwrap_or(0),
+        ];
+        self.sim
+            .trace
+            .event(start, self.node.id, call.name(), &args, || {
+                let mut text = format!("?{ticket} {call:?}");
+                text.truncate(400);
+                text
+            });
+        let number = self
+            .oracle
+            .borrow_mut()
+            .begin(call.clone(), self.context(start, wall));
+        let open = Open {
+            number,
+            start,
+            wall,
+            call: call.clone(),
+        };
+        self.pending.borrow_mut().insert(ticket, open);
+        ticket
+    }
+
+    fn end(&self, ticket: usize, reply: &Reply) {
+        let Some(open) = self.pending.borrow_mut().remove(&ticket) else {
+            return;
+        };
+        if self.fate.is_dead() {
+            return;
+        }
+        let cx = self.context(open.start, open.wall);
+        let args = [ticket as u64, reply.digest()];
+        self.sim
+            .trace
+            .event(cx.end, self.node.id, "answer", &args, || {
+                format!("!{ticket} {}", reply.brief())
+            });
+        self.oracle.borrow_mut().end(open.number, reply.clone(), cx);
+    }
+}
+
+/// One mount with the programs that use it.
+pub(super) struct Scene<P> {
+    pub kernel: Kernel<P>,
+    pub desk: Desk,
+    pub table: RefCell<Table>,
+}
+
+/// The kernel with the desk that records what it is asked.
+pub(super) struct Recorded<'a, P> {
+    pub kernel: &'a Kernel<P>,
+    pub desk: &'a Desk,
+}
+
+fn file_name(number: u8) -> Bytes {
+    if number % 7 == 3 {
+        let mut name = vec![b'l'; 255];
+        name[254] = number;
+        return name.into();
+    }
+    Bytes::from(format!("n{number}"))
+}
+
+fn xattr_name(number: u8, special: bool) -> Bytes {
+    let prefix = if special || number % 3 == 1 {
+        "trusted"
+    } else {
+        "user"
+    };
+    Bytes::from(format!("{prefix}.x{number}"))
+}
+
+impl<P: Posix> Scene<P> {
+    pub fn recorded(&self) -> Recorded<'_, P> {
+        Recorded {
+            kernel: &self.kernel,
+            desk: &self.desk,
+        }
+    }
+
+    /// Runs a list of operations, one after the other.
+    pub async fn run(&self, ops: &[PlanOp]) {
+        for op in ops {
+            if self.desk.fate.is_dead() {
+                return;
+            }
+            self.operate(op).await;
+        }
+    }
+
+    /// Syncs the filesystem.
+    pub async fn sync(&self) {
+        self.call(Call::Syncfs, None).await;
+    }
+
+    /// Closes all files held open.
+    pub async fn close_all(&self) {
+        let held = std::mem::take(&mut self.table.borrow_mut().held);
+        for handle in held.into_values().flatten() {
+            self.call(Call::Release { ino: handle.ino }, Some(*handle)).await;
+        }
+    }
+
+    async fn call(&self, call: Call, fh: Option<Handle>) -> (Reply, Option<Handle>) {
+        let out = self.kernel.call(&call, fh, &self.desk).await;
+        if let Reply::Entry(attr) = &out.0 {
+            self.table.borrow_mut().add(attr.ino, attr.mode);
+        }
+        out
+    }
+
+    fn hold(&self, handle: Option<Handle>) {
+        if let Some(handle) = handle {
+            let mut table = self.table.borrow_mut();
+            table.held.entry(handle.ino).or_default().push(Rc::new(handle));
+        }
+    }
+
+    async fn release(&self, handle: Option<Handle>) {
+        if let Some(handle) = handle {
+            self.call(Call::Release { ino: handle.ino }, Some(handle)).await;
+        }
+    }
+
+    /// Makes a call that needs an open file: with one held open, or by opening it.
+    async fn with_file(&self, ino: Ino, call: Call) {
+        let held = self
+            .table
+            .borrow()
+            .held
+            .get(&ino)
+            .and_then(|handles| handles.first().cloned());
+        if let Some(handle) = held {
+            self.call(call, Some(*handle)).await;
+            return;
+        }
+        let (_, handle) = self.call(Call::Open { ino }, None).await;
+        if handle.is_some() {
+            self.call(call, handle).await;
+            self.release(handle).await;
+        }
+    }
+
+    async fn close(&self, ino: Ino) {
+        let unused = {
+            let mut table = self.table.borrow_mut();
+            let handles = table.held.entry(ino).or_default();
+            match handles.last() {
+                // Somebody may be using it: a kernel would keep it open as long.
+                Some(last) if Rc::strong_count(last) == 1 => handles.pop(),
+                _ => None,
+            }
+        };
+        self.release(unused.map(|handle| *handle)).await;
+    }
+
+    async fn set(&self, ino: Ino, set: SetAttr) {
+        self.call(Call::Setattr { ino, set }, None).await;
+    }
+
+    async fn operate(&self, op: &PlanOp) {
+        let dir = |number: u16| self.table.borrow().dir(number);
+        let any = |number: u16| self.table.borrow().any(number);
+        let file = |number: u16| self.table.borrow().file(number);
+        let file = match op {
+            PlanOp::Truncate { file: number, .. }
+            | PlanOp::Link { file: number, .. }
+            | PlanOp::Open { file: number }
+            | PlanOp::Close { file: number }
+            | PlanOp::Read { file: number, .. }
+            | PlanOp::Write { file: number, .. }
+            | PlanOp::Append { file: number, .. }
+            | PlanOp::Fsync { file: number, .. }
+            | PlanOp::Fallocate { file: number, .. }
+            | PlanOp::Seek { file: number, .. }
+            | PlanOp::Fiemap { file: number } => match file(*number) {
+                Some(ino) => ino,
+                None => return,
+            },
+            _ => 0,
+        };
+        match *op {
+            PlanOp::Lookup { dir: d, name } => {
+                let (dir, name) = (dir(d), file_name(name));
+                self.call(Call::Lookup { dir, name }, None).await;
+            }
+            PlanOp::Getattr { obj } => {
+                self.call(Call::Getattr { ino: any(obj) }, None).await;
+            }
+            PlanOp::Chmod { obj, mode } => {
+                let mode = Some(u32::from(mode));
+                let set = SetAttr {
+                    mode,
+                    ..SetAttr::default()
+                };
+                self.set(any(obj), set).await;
+            }
+            PlanOp::Chown { obj, uid, gid } => {
+                let set = SetAttr {
+                    uid: Some(u32::from(uid)),
+                    gid: Some(u32::from(gid)),
+                    ..SetAttr::default()
+                };
+                self.set(any(obj), set).await;
+            }
+            PlanOp::Utimes { obj, at } => {
+                let time = Some(SetTime::At(wall_time(at)));
+                let set = SetAttr {
+                    atime: time,
+                    mtime: time,
+                    ..SetAttr::default()
+                };
+                self.set(any(obj), set).await;
+            }
+            PlanOp::Truncate { size, .. } => {
+                let set = SetAttr {
+                    size: Some(size),
+                    ..SetAttr::default()
+                };
+                self.set(file, set).await;
+            }
+            PlanOp::Readlink { obj } => {
+                let ino = any(obj);
+                if self.table.borrow().special(ino) {
+                    self.readlink(ino).await;
+                }
+            }
+            PlanOp::Mknod { dir: d, name, kind } => {
+                let kinds = [0o010_000, 0o140_000, 0o020_000, 0o060_000];
+                let call = Call::Mknod {
+                    dir: dir(d),
+                    name: file_name(name),
+                    mode: kinds[usize::from(kind) % 4] | 0o644,
+                    rdev: if kind % 4 < 2 { 0 } else { 0x0010_0003 },
+                };
+                self.call(call, None).await;
+            }
+            PlanOp::Mkdir { dir: d, name } => {
+                let call = Call::Mkdir {
+                    dir: dir(d),
+                    name: file_name(name),
+                    mode: 0o755,
+                };
+                self.call(call, None).await;
+            }
+            PlanOp::Create {
+                dir: d,
+                name,
+                excl,
+                hold,
+            } => {
+                let call = Call::Create {
+                    dir: dir(d),
+                    name: file_name(name),
+                    mode: 0o644,
+                    excl,
+                };
+                let (_, handle) = self.call(call, None).await;
+                if hold {
+                    self.hold(handle);
+                } else {
+                    self.release(handle).await;
+                }
+            }
+            PlanOp::Tmpfile { dir: d } => {
+                let call = Call::Tmpfile {
+                    dir: dir(d),
+                    mode: 0o600,
+                };
+                let (_, handle) = self.call(call, None).await;
+                self.hold(handle);
+            }
+            PlanOp::Symlink { dir: d, name, len } => {
+                let call = Call::Symlink {
+                    dir: dir(d),
+                    name: file_name(name),
+                    target: vec![b't'; usize::from(len)].into(),
+                };
+                self.call(call, None).await;
+            }
+            PlanOp::Unlink { dir: d, name } => {
+                let (dir, name) = (dir(d), file_name(name));
+                self.call(Call::Unlink { dir, name }, None).await;
+            }
+            PlanOp::Rmdir { dir: d, name } => {
+                let (dir, name) = (dir(d), file_name(name));
+                self.call(Call::Rmdir { dir, name }, None).await;
+            }
+            PlanOp::Rename {
+                dir: d,
+                name,
+                to,
+                new,
+                noreplace,
+            } => self.rename((dir(d), name), (dir(to), new), noreplace).await,
+            PlanOp::Link { dir: d, name, .. } => {
+                let call = Call::Link {
+                    ino: file,
+                    dir: dir(d),
+                    name: file_name(name),
+                };
+                self.call(call, None).await;
+            }
+            PlanOp::Open { .. } => {
+                let (_, handle) = self.call(Call::Open { ino: file }, None).await;
+                self.hold(handle);
+            }
+            PlanOp::Close { .. } => self.close(file).await,
+            PlanOp::Read { offset, len, .. } => {
+                let call = Call::Read {
+                    ino: file,
+                    offset,
+                    len,
+                };
+                self.with_file(file, call).await;
+            }
+            PlanOp::Write {
+                offset, len, sync, ..
+            } => {
+                let call = Call::Write {
+                    ino: file,
+                    offset,
+                    len,
+                    tag: self.desk.tag(),
+                    append: false,
+                    sync,
+                };
+                self.with_file(file, call).await;
+            }
+            PlanOp::Append { len, .. } => {
+                let call = Call::Write {
+                    ino: file,
+                    offset: 0,
+                    len: len.min(20_000),
+                    tag: self.desk.tag(),
+                    append: true,
+                    sync: false,
+                };
+                self.with_file(file, call).await;
+            }
+            PlanOp::Fsync { .. } => self.with_file(file, Call::Fsync { ino: file }).await,
+            PlanOp::Syncfs => self.sync().await,
+            PlanOp::Setxattr {
+                obj,
+                name,
+                len,
+                how,
+            } => self.setxattr(any(obj), name, len, how).await,
+            PlanOp::Getxattr { obj, name } => {
+                let ino = any(obj);
+                let name = xattr_name(name, self.table.borrow().special(ino));
+                self.call(Call::Getxattr { ino, name }, None).await;
+            }
+            PlanOp::Listxattr { obj } => {
+                self.call(Call::Listxattr { ino: any(obj) }, None).await;
+            }
+            PlanOp::Removexattr { obj, name } => {
+                let ino = any(obj);
+                let name = xattr_name(name, self.table.borrow().special(ino));
+                self.call(Call::Removexattr { ino, name }, None).await;
+            }
+            PlanOp::Readdir { dir: d, .. } => {
+                self.call(Call::Readdir { ino: dir(d) }, None).await;
+            }
+            PlanOp::Statfs => {
+                self.call(Call::Statfs, None).await;
+            }
+            PlanOp::Fallocate {
+                keep, offset, len, ..
+            } => {
+                let call = Call::Fallocate {
+                    ino: file,
+                    keep,
+                    offset,
+                    len,
+                };
+                self.with_file(file, call).await;
+            }
+            PlanOp::Seek { offset, hole, .. } => {
+                let call = Call::Seek {
+                    ino: file,
+                    offset,
+                    hole,
+                };
+                self.with_file(file, call).await;
+            }
+            PlanOp::Fiemap { .. } => {
+                self.call(Call::Fiemap { ino: file }, None).await;
+            }
+            PlanOp::Pause { micros } => self.desk.sim.sleep(u64::from(micros) * 1000).await,
+        }
+    }
+
+    async fn readlink(&self, ino: Ino) {
+        // Only the kernel knows which of the special files are links: ask first.
+        let (reply, _) = self.call(Call::Getattr { ino }, None).await;
+        if let Reply::Attr(attr) = reply
+            && attr.mode & S_IFMT == crate::model::S_IFLNK
+        {
+            self.call(Call::Readlink { ino }, None).await;
+        }
+    }
+
+    async fn rename(&self, from: (Ino, u8), to: (Ino, u8), noreplace: bool) {
+        // The kernel looks both names up before it renames.
+        let (name, new) = (file_name(from.1), file_name(to.1));
+        let source = Call::Lookup {
+            dir: from.0,
+            name: name.clone(),
+        };
+        let target = Call::Lookup {
+            dir: to.0,
+            name: new.clone(),
+        };
+        let (source, _) = self.call(source, None).await;
+        let (target, _) = self.call(target, None).await;
+        let ino = |reply: &Reply| match reply {
+            Reply::Entry(attr) => Some(attr.ino),
+            Reply::Found(ino) => Some(*ino),
+            _ => None,
+        };
+        let (Some(source), target) = (ino(&source), ino(&target)) else {
+            return;
+        };
+        if Some(source) == target {
+            return;
+        }
+        let call = Call::Rename {
+            dir: from.0,
+            name,
+            to: to.0,
+            new,
+            noreplace,
+        };
+        self.call(call, None).await;
+    }
+
+    async fn setxattr(&self, ino: Ino, name: u8, len: u16, how: u8) {
+        let call = Call::Setxattr {
+            ino,
+            name: xattr_name(name, self.table.borrow().special(ino)),
+            value: crate::model::pattern(self.desk.tag(), 0, u32::from(len)),
+            how: [XattrSet::Any, XattrSet::Create, XattrSet::Replace][usize::from(how) % 3],
+        };
+        self.call(call, None).await;
+    }
+}
