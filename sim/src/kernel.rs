@@ -271,7 +271,7 @@ impl<P: Posix> Kernel<P> {
         }
         let number = recorder.begin(call);
         let mut opened = None;
-        let reply = match self.perform(call, fh, &mut opened).await {
+        let reply = match Box::pin(self.perform(call, fh, &mut opened)).await {
             Ok(reply) => reply,
             Err(error) => Reply::Err(error),
         };

@@ -12,6 +12,8 @@
 //! sets for builds inside the workspace; the parts without it (plans, models,
 //! oracles) build everywhere.
 
+#![recursion_limit = "256"] // futures of whole lives nest deeply
+
 pub mod disk_model;
 pub mod model;
 pub mod oracle;

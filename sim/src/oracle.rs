@@ -322,7 +322,8 @@ fn linearize(start: &Model, records: &[Record]) -> Outcome {
         variants: Vec::new(),
     }];
     loop {
-        if count == records.len() {
+        let placed = stack.last().is_some_and(|frame| frame.picked.is_none());
+        if count == records.len() && placed {
             let last = stack.pop().expect("the search is not empty");
             return Outcome::Found(last.state);
         }

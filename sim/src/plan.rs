@@ -347,8 +347,8 @@ fn draw_config(rng: &Stream, profile: Profile) -> Config {
     let kernel_caches = rng.chance(750);
     Config {
         profile,
-        meta_size: if tiny { 64 * MIB } else { 256 * MIB },
-        data_size: if tiny { 64 * MIB } else { 1024 * MIB },
+        meta_size: if tiny { 256 * MIB } else { 2048 * MIB },
+        data_size: if tiny { 64 * MIB } else { 4096 * MIB },
         format_version: 1 + rng.below(2),
         kernel_caches,
         // Without its locks the kernel's caches would not be right by themselves.

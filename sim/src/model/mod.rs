@@ -247,7 +247,7 @@ impl Model {
             nlink: 2,
             parent: ROOT,
             mtime: Stamp {
-                low: i64::MIN,
+                low: 0,
                 high: i64::MAX,
                 set_by: 0,
             },

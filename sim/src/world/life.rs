@@ -222,7 +222,7 @@ pub(super) async fn all_lives<S: System>(world: &Rc<World<S>>) -> Result<(), Vio
         world.note("LIFE", &[number as u64], || {
             format!("{number}: {} faults, ends {:?}", life.faults.len(), life.end)
         });
-        let clean = one_life(world, life, number as u64).await?;
+        let clean = Box::pin(one_life(world, life, number as u64)).await?;
         world.disks.heal();
         world.net.heal();
         check(world, clean).await?;
@@ -233,7 +233,7 @@ pub(super) async fn all_lives<S: System>(world: &Rc<World<S>>) -> Result<(), Vio
         end: End::Unmount,
     };
     world.note("LAST", &[], || "everything is healed".to_owned());
-    if !one_life(world, &last, 1000).await? {
+    if !Box::pin(one_life(world, &last, 1000)).await? {
         return Err(violation("liveness", "the last life did not end cleanly"));
     }
     check(world, true).await

@@ -173,7 +173,7 @@ struct World<S: System> {
     volume: Rc<S::Volume>,
     oracle: Rc<RefCell<Oracle>>,
     steps: Rc<RefCell<Vec<(u64, i64, i64)>>>,
-    next_tag: std::cell::Cell<u64>,
+    tags: Rc<std::cell::Cell<u64>>,
     calls: std::cell::Cell<u64>,
 }
 
@@ -250,7 +250,7 @@ async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
                 volume,
                 oracle: Rc::new(RefCell::new(Oracle::new(Model::new(S_IFDIR | 0o755)))),
                 steps: Rc::default(),
-                next_tag: std::cell::Cell::new(1),
+                tags: Rc::default(),
                 calls: std::cell::Cell::new(0),
             });
             let result = life::all_lives(&world).await;

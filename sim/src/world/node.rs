@@ -1,1 +1,144 @@
-//! Outrider itself as the system under test.
+//! Outrider itself as the system under test: `node::Mount` in a cluster of one.
+
+use super::{MountError, System};
+use crate::backend::Host;
+use crate::plan::Plan;
+use outrider_core::env::{DeviceRole, Duration, Env, Gate, LocalBoxFuture};
+use outrider_core::fs::Fs;
+use outrider_core::fs::api::KernelCache;
+use outrider_core::node::{Mount, NodeConfig};
+use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
+use outrider_core::volume::{MkfsOptions, mkfs};
+use outrider_core::{block, log};
+use std::net::SocketAddrV4;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Port of the one quorum member.
+const PORT: u16 = 12_345;
+
+/// A mount of Outrider.
+pub struct Outrider {
+    mount: Rc<Mount>,
+    /// Keeps the actor's task set alive.
+    _env: Env,
+}
+
+/// Fences at once, slowly, after failures, or after hanging: dead mounts of a
+/// world of one node are dead, so it tells the truth.
+struct SimFence {
+    manner: u8,
+    asked: AtomicU32,
+}
+
+impl FenceAgent for SimFence {
+    fn fence(
+        &self,
+        env: &Env,
+        request: FenceRequest,
+    ) -> LocalBoxFuture<'static, Result<(), FenceError>> {
+        let first = self.asked.fetch_add(1, Ordering::Relaxed) < 1;
+        let (manner, env) = (self.manner, env.clone());
+        Box::pin(async move {
+            match manner {
+                1 => env.sleep(Duration::from_secs(20)).await,
+                2 if first => {
+                    env.sleep(Duration::from_millis(500)).await;
+                    return Err(FenceError::Failed {
+                        rid: request.rid,
+                        detail: "the simulated agent failed".to_owned(),
+                    });
+                }
+                3 if first => env.sleep(Duration::from_secs(100_000)).await,
+                _ => env.sleep(Duration::from_micros(300)).await,
+            }
+            Ok(())
+        })
+    }
+}
+
+fn config(plan: &Plan) -> NodeConfig {
+    let agent = Arc::new(SimFence {
+        manner: plan.config.fence,
+        asked: AtomicU32::new(0),
+    });
+    let mut config = NodeConfig::new(Some(0), agent);
+    config.block = block::Policy::small();
+    if plan.config.squeeze >= 1 {
+        config.log = log::Policy::small();
+        config.fs.data.dirty_bytes_max = 256 << 10;
+        config.fs.data.writeback_bytes = 64 << 10;
+        config.fs.data.readahead_bytes = 16 << 10;
+        config.fs.data.prealloc_blocks = 16;
+        config.fs.inode_batch = 1024;
+    }
+    if plan.config.squeeze >= 2 {
+        config.block.cache_blocks = 24;
+        config.log.cache_bytes = 8 << 10;
+        config.locks.idle_count = 32;
+        config.fs.readdir_batch = 2;
+        config.fs.data.extents_per_change = 2;
+        config.fs.data.dirty_bytes_max = 64 << 10;
+        config.fs.orphan_scan_delay = Duration::from_secs(2);
+        config.log.sync_delay = Duration::from_secs(2);
+    }
+    if plan.config.squeeze >= 3 {
+        config.block.cache_blocks = 12;
+        config.log.cache_bytes = 2 << 10;
+        config.fs.inodes_per_lock = 3;
+        config.fs.data.prealloc_contig_only = false;
+    }
+    config
+}
+
+impl System for Outrider {
+    type Volume = ();
+    type Fs = Fs;
+
+    async fn make(host: &Host, plan: &Plan) -> Result<Rc<()>, String> {
+        let env = host.env("mkfs");
+        let open = |role| env.devices.open(role).map_err(|error| error.to_string());
+        let (meta, data) = (open(DeviceRole::Meta)?, open(DeviceRole::Data)?);
+        let options = MkfsOptions {
+            fmt_vers: plan.config.format_version,
+            slots: vec![(0, SocketAddrV4::new(host.node.ip, PORT))],
+            allow_small: true,
+            ..MkfsOptions::default()
+        };
+        mkfs(&*meta, &*data, &*env.entropy, env.clock.wall(), &options)
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(Rc::new(()))
+    }
+
+    async fn mount(
+        host: &Host,
+        plan: &Plan,
+        _volume: &Rc<()>,
+        cache: Rc<dyn KernelCache>,
+    ) -> Result<Rc<Self>, MountError> {
+        let env = host.env("mount");
+        let rid = env.entropy.rid();
+        let mount = Mount::start(&env, rid, config(plan), cache, &Gate::default()).await;
+        let mount = mount.map_err(|error| MountError(error.to_string()))?;
+        Ok(Rc::new(Self { mount, _env: env }))
+    }
+
+    fn fs(self: &Rc<Self>) -> Rc<Fs> {
+        Rc::clone(self.mount.fs())
+    }
+
+    async fn unmount(self: Rc<Self>) -> Result<(), String> {
+        self.mount.unmount().await;
+        Ok(())
+    }
+
+    async fn force_unmount(self: Rc<Self>) {
+        self.mount.force_unmount().await;
+    }
+
+    async fn check(_host: &Host, _volume: &Rc<()>, _clean: bool) -> Result<(), String> {
+        Ok(())
+    }
+}

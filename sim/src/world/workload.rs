@@ -79,16 +79,13 @@ pub(super) struct Desk {
     pending: RefCell<BTreeMap<usize, Open>>,
     next: Cell<usize>,
     tolerance: Tolerance,
-    first_tag: u64,
-    tags: Cell<u64>,
+    tags: Rc<Cell<u64>>,
     count: Rc<dyn Fn()>,
 }
 
 impl Desk {
     pub fn new<S: System>(world: &Rc<World<S>>, life: &LifePlan, fate: &Rc<Fate>) -> Self {
         let counting = Rc::clone(world);
-        let first_tag = world.next_tag.get();
-        world.next_tag.set(first_tag + 1_000_000);
         let errors = life.faults.iter().any(|fault| {
             matches!(
                 fault,
@@ -108,15 +105,14 @@ impl Desk {
                 space: world.plan.config.profile == Profile::Full,
                 link: false,
             },
-            first_tag,
-            tags: Cell::new(0),
+            tags: Rc::clone(&world.tags),
             count: Rc::new(move || counting.calls.set(counting.calls.get() + 1)),
         }
     }
 
     fn tag(&self) -> u64 {
         self.tags.set(self.tags.get() + 1);
-        self.first_tag + self.tags.get()
+        self.tags.get()
     }
 
     fn context(&self, start: u64, wall: i64) -> Context {

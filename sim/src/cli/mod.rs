@@ -1,0 +1,158 @@
+//! The command line. Exit codes: 0 clean, 1 failures found, 2 could not run.
+
+mod mutants;
+mod sweep;
+
+use clap::{Parser, Subcommand};
+use outrider_sim::plan::{PROFILES, Plan, Profile};
+use outrider_sim::world::{self, Options, Outcome, node::Outrider};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "outrider-sim", about = "Simulates worlds built from seeds and judges them")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run many seeds.
+    Sweep(sweep::Args),
+    /// Run one world again: a seed, or a saved plan.
+    Replay(ReplayArgs),
+    /// List the planted bugs, or hunt for them.
+    Mutants(mutants::Args),
+    /// Run the saved plans that once failed.
+    Corpus {
+        /// Where they are.
+        #[arg(default_value = "seeds")]
+        dir: PathBuf,
+    },
+}
+
+#[derive(clap::Args)]
+struct ReplayArgs {
+    /// A seed, or a file with a plan.
+    what: String,
+    /// Print one line per event, in simulated time.
+    #[arg(long)]
+    log: bool,
+    /// The profile of the seed, if not its own.
+    #[arg(long, value_parser = parse_profile)]
+    profile: Option<Profile>,
+    /// Switch a planted bug on.
+    #[arg(long)]
+    mutant: Option<String>,
+    /// Write the plan to a file.
+    #[arg(long)]
+    save: Option<PathBuf>,
+}
+
+fn parse_profile(text: &str) -> Result<Profile, String> {
+    let name = |profile: &Profile| format!("{profile:?}").to_lowercase();
+    PROFILES.into_iter().find(|p| name(p) == text).ok_or_else(|| {
+        let names: Vec<String> = PROFILES.iter().map(name).collect();
+        format!("profiles are {}", names.join(", "))
+    })
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    world::remember_panics();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let result = match args.command {
+        Command::Sweep(args) => sweep::run(&args),
+        Command::Replay(args) => replay(&args),
+        Command::Mutants(args) => mutants::run(&args),
+        Command::Corpus { dir } => corpus(&dir),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(text) => {
+            eprintln!("outrider-sim: {text}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Runs a plan on Outrider.
+fn run_plan(plan: &Plan, mutant: Option<&'static str>, log: bool) -> Outcome {
+    let mut options = Options {
+        mutant,
+        ..Options::default()
+    };
+    if log {
+        options.sink = Some(Box::new(|| Box::new(|line: &str| println!("{line}"))));
+    }
+    world::run::<Outrider>(plan, options)
+}
+
+fn load(file: &Path) -> Result<Plan, String> {
+    let text = std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))?;
+    serde_json::from_str(&text).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+fn replay(args: &ReplayArgs) -> Result<bool, String> {
+    let plan = match args.what.parse::<u64>() {
+        Ok(seed) => Plan::from_seed(seed, args.profile),
+        Err(_) => load(Path::new(&args.what))?,
+    };
+    if let Some(file) = &args.save {
+        let text = serde_json::to_string_pretty(&plan).map_err(|e| e.to_string())?;
+        std::fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    let mutant = args.mutant.as_deref().map(mutants::find).transpose()?;
+    println!("{}", plan.header());
+    let outcome = run_plan(&plan, mutant, args.log);
+    println!(
+        "{} calls, {} events, {} polls, {}.{:03} simulated seconds, events {:016x}, image {:016x}",
+        outcome.calls,
+        outcome.events,
+        outcome.polls,
+        outcome.nanos / 1_000_000_000,
+        outcome.nanos / 1_000_000 % 1000,
+        outcome.event_hash,
+        outcome.image_hash
+    );
+    for (probe, count) in &outcome.probes {
+        println!("  reached {probe} {count} times");
+    }
+    if outcome.unjudged > 0 {
+        println!("{} windows were too tangled to judge", outcome.unjudged);
+    }
+    match &outcome.failure {
+        None => println!("no failure"),
+        Some(failure) => println!("FAILED ({}): {}", failure.kind, failure.text),
+    }
+    Ok(outcome.failure.is_none())
+}
+
+fn corpus(dir: &Path) -> Result<bool, String> {
+    let entries = std::fs::read_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|ext| ext == "json"))
+        .collect();
+    files.sort();
+    let mut failed = 0;
+    for file in &files {
+        let outcome = run_plan(&load(file)?, None, false);
+        if let Some(failure) = outcome.failure {
+            failed += 1;
+            println!("{}: {}: {}", file.display(), failure.kind, failure.text);
+            println!("  replay with: outrider-sim replay {} --log", file.display());
+        }
+    }
+    println!("{} plans, {failed} failed", files.len());
+    Ok(failed == 0)
+}

@@ -1,0 +1,230 @@
+//! Many seeds on several threads.
+
+use super::{parse_profile, run_plan};
+use indicatif::{ProgressBar, ProgressStyle};
+use outrider_sim::plan::{Plan, Profile};
+use outrider_sim::world::Outcome;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// How many seeds.
+    #[arg(long, default_value_t = 100)]
+    seeds: u64,
+    /// How many at a time; the number of processors unless given.
+    #[arg(long)]
+    jobs: Option<usize>,
+    /// The first seed.
+    #[arg(long, default_value_t = 0)]
+    from: u64,
+    /// Start no more seeds after this many seconds.
+    #[arg(long)]
+    time_budget: Option<u64>,
+    /// Print SEED EVENT_HASH IMAGE_HASH for every seed.
+    #[arg(long)]
+    hashes: bool,
+    /// One kind of trouble for all seeds.
+    #[arg(long, value_parser = parse_profile)]
+    profile: Option<Profile>,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a sweep found.
+pub struct Found {
+    /// Outcomes by seed.
+    pub outcomes: BTreeMap<u64, Outcome>,
+    /// Wall clock seconds.
+    pub seconds: f64,
+}
+
+/// How to sweep.
+pub struct Hunt {
+    /// First seed.
+    pub from: u64,
+    /// Number of seeds.
+    pub seeds: u64,
+    /// Threads.
+    pub jobs: usize,
+    /// Seconds after which no more seeds are started.
+    pub budget: Option<u64>,
+    /// Profile of all seeds.
+    pub profile: Option<Profile>,
+    /// Planted bug.
+    pub mutant: Option<&'static str>,
+    /// Stop at the first failure.
+    pub stop_at_first: bool,
+}
+
+/// Runs the seeds of a hunt.
+#[allow(clippy::disallowed_types, clippy::disallowed_methods)] // how long the sweep takes, outside any world
+pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
+    let start = std::time::Instant::now();
+    let next = AtomicU64::new(0);
+    let stop = AtomicBool::new(false);
+    let outcomes = Mutex::new(BTreeMap::new());
+    std::thread::scope(|scope| {
+        for _ in 0..hunt.jobs {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let late = hunt.budget.is_some_and(|s| start.elapsed().as_secs() >= s);
+                    if index >= hunt.seeds || late || stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let seed = hunt.from + index;
+                    let plan = Plan::from_seed(seed, hunt.profile);
+                    let outcome = run_plan(&plan, hunt.mutant, false);
+                    if outcome.failure.is_some() {
+                        if hunt.stop_at_first {
+                            stop.store(true, Ordering::Relaxed);
+                        }
+                        bar.println(report(&outcome, hunt.profile));
+                    }
+                    outcomes.lock().expect("no worker panics").insert(seed, outcome);
+                    bar.inc(1);
+                }
+            });
+        }
+    });
+    Found {
+        outcomes: outcomes.into_inner().expect("no worker panics"),
+        seconds: start.elapsed().as_secs_f64(),
+    }
+}
+
+fn report(outcome: &Outcome, profile: Option<Profile>) -> String {
+    let Some(failure) = &outcome.failure else {
+        return String::new();
+    };
+    let mut text = failure.text.clone();
+    if text.len() > 700 {
+        let cut = (0..=700).rev().find(|at| text.is_char_boundary(*at));
+        text.truncate(cut.unwrap_or(0));
+        text.push_str(" ...");
+    }
+    format!(
+        "seed {} FAILED ({}): {text}\n  {}",
+        outcome.seed,
+        failure.kind,
+        command(outcome.seed, profile)
+    )
+}
+
+fn command(seed: u64, profile: Option<Profile>) -> String {
+    let profile = profile
+        .map(|profile| format!(" --profile {}", format!("{profile:?}").to_lowercase()))
+        .unwrap_or_default();
+    format!("replay with: outrider-sim replay {seed}{profile} --log")
+}
+
+/// All processors.
+pub fn all_processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<bool, String> {
+    let bar = if args.json || args.hashes {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new(args.seeds)
+    };
+    let style = "{elapsed_precise} {wide_bar} {pos}/{len} seeds, {per_sec}, {eta} left";
+    bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
+    let found = hunt(
+        &Hunt {
+            from: args.from,
+            seeds: args.seeds,
+            jobs: args.jobs.unwrap_or_else(all_processors).max(1),
+            budget: args.time_budget,
+            profile: args.profile,
+            mutant: None,
+            stop_at_first: false,
+        },
+        &bar,
+    );
+    bar.finish_and_clear();
+    if args.hashes {
+        for (seed, outcome) in &found.outcomes {
+            println!(
+                "{seed} {:016x} {:016x}",
+                outcome.event_hash, outcome.image_hash
+            );
+        }
+    }
+    let failed: Vec<&Outcome> = found
+        .outcomes
+        .values()
+        .filter(|outcome| outcome.failure.is_some())
+        .collect();
+    if args.json {
+        print_json(&found, &failed);
+    } else if !args.hashes {
+        print_summary(&found, &failed, args);
+    }
+    Ok(failed.is_empty())
+}
+
+fn totals(found: &Found) -> (u64, u64, u64) {
+    let sum = |f: fn(&Outcome) -> u64| found.outcomes.values().map(f).sum();
+    (sum(|o| o.calls), sum(|o| o.nanos), sum(|o| o.unjudged))
+}
+
+fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
+    let (calls, nanos, unjudged) = totals(found);
+    let seeds = found.outcomes.len();
+    println!(
+        "{seeds} seeds, {} failed, {calls} calls, {unjudged} windows not judged; {:.1} s, \
+         {:.0} seeds per minute, {:.0} simulated seconds per second",
+        failed.len(),
+        found.seconds,
+        seeds as f64 * 60.0 / found.seconds,
+        nanos as f64 / 1e9 / found.seconds
+    );
+    let mut probes: BTreeMap<&str, u64> = BTreeMap::new();
+    for (probe, count) in found.outcomes.values().flat_map(|o| &o.probes) {
+        *probes.entry(probe).or_default() += count;
+    }
+    let reached: Vec<String> = probes.iter().map(|(p, n)| format!("{p} {n}")).collect();
+    println!("reached: {}", reached.join(", "));
+    let mut kinds: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+    for outcome in failed {
+        let kind = outcome.failure.as_ref().map_or("", |failure| failure.kind);
+        kinds.entry(kind).or_default().push(outcome.seed);
+    }
+    for (kind, seeds) in kinds {
+        println!("{kind}: {} seeds, as {:?}", seeds.len(), &seeds[..seeds.len().min(12)]);
+    }
+    for outcome in failed {
+        println!("seed {} {}", outcome.seed, command(outcome.seed, args.profile));
+    }
+}
+
+fn print_json(found: &Found, failed: &[&Outcome]) {
+    let (calls, nanos, unjudged) = totals(found);
+    let failures: Vec<serde_json::Value> = failed
+        .iter()
+        .map(|outcome| {
+            let failure = outcome.failure.as_ref();
+            serde_json::json!({
+                "seed": outcome.seed,
+                "kind": failure.map_or("", |failure| failure.kind),
+                "text": failure.map_or("", |failure| failure.text.as_str()),
+            })
+        })
+        .collect();
+    let summary = serde_json::json!({
+        "seeds": found.outcomes.len(),
+        "failed": failed.len(),
+        "failures": failures,
+        "calls": calls,
+        "unjudged": unjudged,
+        "simulated_seconds": nanos as f64 / 1e9,
+        "seconds": found.seconds,
+    });
+    println!("{summary}");
+}
