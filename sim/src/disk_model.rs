@@ -62,7 +62,10 @@ pub struct Medium {
 impl Medium {
     /// An empty (zero) medium of `size` bytes.
     pub fn new(size: u64) -> Self {
-        assert!(size.is_multiple_of(SECTOR as u64), "sizes are whole sectors");
+        assert!(
+            size.is_multiple_of(SECTOR as u64),
+            "sizes are whole sectors"
+        );
         Self {
             size,
             durable: BTreeMap::new(),

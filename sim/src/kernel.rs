@@ -339,8 +339,7 @@ impl<P: Posix> Kernel<P> {
 
     fn entered(&self, entry: &Entry, version: u64) -> Reply {
         self.caches.count_lookup(entry.attr.ino);
-        self.caches
-            .keep_attr(entry.attr, entry.attr_valid, version);
+        self.caches.keep_attr(entry.attr, entry.attr_valid, version);
         Reply::Entry(entry.attr)
     }
 
@@ -598,7 +597,9 @@ impl<P: Posix> Kernel<P> {
             let mut maps = self.caches.maps.borrow_mut();
             let pages = maps.pages.entry(ino).or_default();
             pages.reading += 1;
-            (first..=last).filter(|page| !pages.pages.contains_key(page)).collect()
+            (first..=last)
+                .filter(|page| !pages.pages.contains_key(page))
+                .collect()
         };
         let mut result = Ok(());
         if let (Some(from), Some(to)) = (missing.first(), missing.last()) {
@@ -649,7 +650,10 @@ impl<P: Posix> Kernel<P> {
         }
         let len = data.len() as u64;
         let written = self.fs.write(&self.cx, ino, fh, offset, data, how).await;
-        if !written.as_ref().is_ok_and(|written| u64::from(*written) == len) {
+        if !written
+            .as_ref()
+            .is_ok_and(|written| u64::from(*written) == len)
+        {
             self.caches.drop_pages(ino);
         }
         Ok(Reply::Number(u64::from(written?)))
@@ -733,7 +737,8 @@ impl<P: Posix> Kernel<P> {
             let mut maps = self.caches.maps.borrow_mut();
             maps.lookups.remove(&ino);
             maps.attrs.remove(&ino);
-            maps.names.retain(|(dir, _), (target, _)| *dir != ino && *target != ino);
+            maps.names
+                .retain(|(dir, _), (target, _)| *dir != ino && *target != ino);
         }
         self.fs.forget(ino, count);
     }

@@ -496,7 +496,12 @@ impl Cut<'_> {
                 && done[other]
                 && record.cx.start <= own.end()
                 && record.end() >= own.cx.start
-                && record.call.subjects().iter().flatten().any(|ino| subjects.contains(&Some(*ino)))
+                && record
+                    .call
+                    .subjects()
+                    .iter()
+                    .flatten()
+                    .any(|ino| subjects.contains(&Some(*ino)))
         })
     }
 
@@ -511,7 +516,10 @@ impl Cut<'_> {
             cx.wall = (cx.wall.0.min(cx.wall.1), i64::MAX);
         }
         let ino = self.made(state, &record.call);
-        state.take_effect(&record.call, ino, &cx).into_iter().collect()
+        state
+            .take_effect(&record.call, ino, &cx)
+            .into_iter()
+            .collect()
     }
 
     /// The number of the inode that an unanswered call would have made.
@@ -555,7 +563,11 @@ impl Cut<'_> {
             }
         }
         let missing = left_out().count() + self.later.len();
-        if self.nearest.as_ref().is_none_or(|(least, _)| missing < *least) {
+        if self
+            .nearest
+            .as_ref()
+            .is_none_or(|(least, _)| missing < *least)
+        {
             self.nearest = Some((missing, text));
         }
         None

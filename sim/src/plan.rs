@@ -156,39 +156,141 @@ pub enum Loss {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)] // the fields are what their names say, in `fs::api` terms
 pub enum PlanOp {
-    Lookup { dir: u16, name: u8 },
-    Getattr { obj: u16 },
-    Chmod { obj: u16, mode: u16 },
-    Chown { obj: u16, uid: u8, gid: u8 },
-    Utimes { obj: u16, at: i64 },
-    Truncate { file: u16, size: u64 },
-    Readlink { obj: u16 },
-    Mknod { dir: u16, name: u8, kind: u8 },
-    Mkdir { dir: u16, name: u8 },
-    Create { dir: u16, name: u8, excl: bool, hold: bool },
-    Tmpfile { dir: u16 },
-    Symlink { dir: u16, name: u8, len: u16 },
-    Unlink { dir: u16, name: u8 },
-    Rmdir { dir: u16, name: u8 },
-    Rename { dir: u16, name: u8, to: u16, new: u8, noreplace: bool },
-    Link { file: u16, dir: u16, name: u8 },
-    Open { file: u16 },
-    Close { file: u16 },
-    Read { file: u16, offset: u64, len: u32 },
-    Write { file: u16, offset: u64, len: u32, sync: bool },
-    Append { file: u16, len: u32 },
-    Fsync { file: u16, datasync: bool },
+    Lookup {
+        dir: u16,
+        name: u8,
+    },
+    Getattr {
+        obj: u16,
+    },
+    Chmod {
+        obj: u16,
+        mode: u16,
+    },
+    Chown {
+        obj: u16,
+        uid: u8,
+        gid: u8,
+    },
+    Utimes {
+        obj: u16,
+        at: i64,
+    },
+    Truncate {
+        file: u16,
+        size: u64,
+    },
+    Readlink {
+        obj: u16,
+    },
+    Mknod {
+        dir: u16,
+        name: u8,
+        kind: u8,
+    },
+    Mkdir {
+        dir: u16,
+        name: u8,
+    },
+    Create {
+        dir: u16,
+        name: u8,
+        excl: bool,
+        hold: bool,
+    },
+    Tmpfile {
+        dir: u16,
+    },
+    Symlink {
+        dir: u16,
+        name: u8,
+        len: u16,
+    },
+    Unlink {
+        dir: u16,
+        name: u8,
+    },
+    Rmdir {
+        dir: u16,
+        name: u8,
+    },
+    Rename {
+        dir: u16,
+        name: u8,
+        to: u16,
+        new: u8,
+        noreplace: bool,
+    },
+    Link {
+        file: u16,
+        dir: u16,
+        name: u8,
+    },
+    Open {
+        file: u16,
+    },
+    Close {
+        file: u16,
+    },
+    Read {
+        file: u16,
+        offset: u64,
+        len: u32,
+    },
+    Write {
+        file: u16,
+        offset: u64,
+        len: u32,
+        sync: bool,
+    },
+    Append {
+        file: u16,
+        len: u32,
+    },
+    Fsync {
+        file: u16,
+        datasync: bool,
+    },
     Syncfs,
-    Setxattr { obj: u16, name: u8, len: u16, how: u8 },
-    Getxattr { obj: u16, name: u8 },
-    Listxattr { obj: u16 },
-    Removexattr { obj: u16, name: u8 },
-    Readdir { dir: u16, plus: bool },
+    Setxattr {
+        obj: u16,
+        name: u8,
+        len: u16,
+        how: u8,
+    },
+    Getxattr {
+        obj: u16,
+        name: u8,
+    },
+    Listxattr {
+        obj: u16,
+    },
+    Removexattr {
+        obj: u16,
+        name: u8,
+    },
+    Readdir {
+        dir: u16,
+        plus: bool,
+    },
     Statfs,
-    Fallocate { file: u16, keep: bool, offset: u64, len: u64 },
-    Seek { file: u16, offset: u64, hole: bool },
-    Fiemap { file: u16 },
-    Pause { micros: u32 },
+    Fallocate {
+        file: u16,
+        keep: bool,
+        offset: u64,
+        len: u64,
+    },
+    Seek {
+        file: u16,
+        offset: u64,
+        hole: bool,
+    },
+    Fiemap {
+        file: u16,
+    },
+    Pause {
+        micros: u32,
+    },
 }
 
 /// The kinds of operations, for weights.
@@ -301,14 +403,19 @@ impl Plan {
 
     /// Whether operations may fail with an I/O error.
     pub fn has_disk_errors(&self) -> bool {
-        self.lives.iter().flat_map(|life| &life.faults).any(|fault| {
-            matches!(fault, Fault::Disk(DiskFault::Error { .. }))
-        })
+        self.lives
+            .iter()
+            .flat_map(|life| &life.faults)
+            .any(|fault| matches!(fault, Fault::Disk(DiskFault::Error { .. })))
     }
 
     /// One line that says what the world is like.
     pub fn header(&self) -> String {
-        let ends: Vec<String> = self.lives.iter().map(|life| format!("{:?}", life.end)).collect();
+        let ends: Vec<String> = self
+            .lives
+            .iter()
+            .map(|life| format!("{:?}", life.end))
+            .collect();
         format!(
             "seed {} profile {:?}: {} operations in {} lives ending {}; {:?}",
             self.seed,
@@ -457,7 +564,11 @@ fn draw_end(rng: &Stream, profile: Profile, ops: u64, last: bool) -> End {
         3 => When::Request(1 + rng.below(400)),
         _ => When::Operations(rng.below(ops + 1) as u32),
     };
-    let force = if profile == Profile::Lifecycle { 300 } else { 50 };
+    let force = if profile == Profile::Lifecycle {
+        300
+    } else {
+        50
+    };
     if rng.chance(force) {
         return End::ForceUnmount(when);
     }
@@ -492,7 +603,12 @@ fn draw_faults(rng: &Stream, profile: Profile) -> Vec<Fault> {
                     device: device(),
                     op: rng.pick(&[DiskOp::Read, DiskOp::Write, DiskOp::Flush]),
                     from,
-                    until: from + rng.below(if lasting { 8_000_000_000 } else { 1_000_000_000 }),
+                    until: from
+                        + rng.below(if lasting {
+                            8_000_000_000
+                        } else {
+                            1_000_000_000
+                        }),
                     times: if lasting { 1000 } else { 1 },
                     permille: rng.pick(&[100, 500, 1000]),
                 }));
@@ -503,7 +619,12 @@ fn draw_faults(rng: &Stream, profile: Profile) -> Vec<Fault> {
         }
         Profile::Clock => {
             for _ in 0..1 + rng.below(4) {
-                let by = rng.pick(&[-86_400_000_000_000, -1_000_000_000, 1_000_000_000, 86_400_000_000_000]);
+                let by = rng.pick(&[
+                    -86_400_000_000_000,
+                    -1_000_000_000,
+                    1_000_000_000,
+                    86_400_000_000_000,
+                ]);
                 faults.push(Fault::WallStep {
                     at: rng.below(15_000_000_000),
                     by,
@@ -564,43 +685,131 @@ fn draw_op(rng: &Stream, config: &Config, mix: &Mix) -> PlanOp {
     let name = || rng.below(u64::from(config.names)) as u8;
     let xattr = || rng.below(u64::from(config.xattrs)) as u8;
     match rng.weighted(&mix.weights) {
-        0 => PlanOp::Lookup { dir: dir(), name: name() },
+        0 => PlanOp::Lookup {
+            dir: dir(),
+            name: name(),
+        },
         1 => PlanOp::Getattr { obj: any() },
-        2 => PlanOp::Chmod { obj: any(), mode: rng.below(0o1000) as u16 },
-        3 => PlanOp::Chown { obj: any(), uid: rng.below(4) as u8, gid: rng.below(4) as u8 },
-        4 => PlanOp::Utimes { obj: any(), at: rng.range(0, 1 << 62) as i64 - (1 << 60) },
-        5 => PlanOp::Truncate { file: any(), size: draw_offset(rng, mix) },
+        2 => PlanOp::Chmod {
+            obj: any(),
+            mode: rng.below(0o1000) as u16,
+        },
+        3 => PlanOp::Chown {
+            obj: any(),
+            uid: rng.below(4) as u8,
+            gid: rng.below(4) as u8,
+        },
+        4 => PlanOp::Utimes {
+            obj: any(),
+            at: rng.range(0, 1 << 62) as i64 - (1 << 60),
+        },
+        5 => PlanOp::Truncate {
+            file: any(),
+            size: draw_offset(rng, mix),
+        },
         6 => PlanOp::Readlink { obj: any() },
-        7 => PlanOp::Mknod { dir: dir(), name: name(), kind: rng.below(4) as u8 },
-        8 => PlanOp::Mkdir { dir: dir(), name: name() },
-        9 => PlanOp::Create { dir: dir(), name: name(), excl: rng.chance(300), hold: rng.chance(500) },
+        7 => PlanOp::Mknod {
+            dir: dir(),
+            name: name(),
+            kind: rng.below(4) as u8,
+        },
+        8 => PlanOp::Mkdir {
+            dir: dir(),
+            name: name(),
+        },
+        9 => PlanOp::Create {
+            dir: dir(),
+            name: name(),
+            excl: rng.chance(300),
+            hold: rng.chance(500),
+        },
         10 => PlanOp::Tmpfile { dir: dir() },
-        11 => PlanOp::Symlink { dir: dir(), name: name(), len: 1 + rng.pick(&[3, 100, 895, 896, 2000, 4094]) },
-        12 => PlanOp::Unlink { dir: dir(), name: name() },
-        13 => PlanOp::Rmdir { dir: dir(), name: name() },
-        14 => PlanOp::Rename { dir: dir(), name: name(), to: dir(), new: name(), noreplace: rng.chance(200) },
-        15 => PlanOp::Link { file: any(), dir: dir(), name: name() },
+        11 => PlanOp::Symlink {
+            dir: dir(),
+            name: name(),
+            len: 1 + rng.pick(&[3, 100, 895, 896, 2000, 4094]),
+        },
+        12 => PlanOp::Unlink {
+            dir: dir(),
+            name: name(),
+        },
+        13 => PlanOp::Rmdir {
+            dir: dir(),
+            name: name(),
+        },
+        14 => PlanOp::Rename {
+            dir: dir(),
+            name: name(),
+            to: dir(),
+            new: name(),
+            noreplace: rng.chance(200),
+        },
+        15 => PlanOp::Link {
+            file: any(),
+            dir: dir(),
+            name: name(),
+        },
         16 => PlanOp::Open { file: any() },
         17 => PlanOp::Close { file: any() },
-        18 => PlanOp::Read { file: any(), offset: draw_offset(rng, mix), len: draw_len(rng, mix) },
-        19 => PlanOp::Write { file: any(), offset: draw_offset(rng, mix), len: draw_len(rng, mix), sync: rng.chance(30) },
-        20 => PlanOp::Append { file: any(), len: draw_len(rng, mix) },
-        21 => PlanOp::Fsync { file: any(), datasync: rng.chance(500) },
+        18 => PlanOp::Read {
+            file: any(),
+            offset: draw_offset(rng, mix),
+            len: draw_len(rng, mix),
+        },
+        19 => PlanOp::Write {
+            file: any(),
+            offset: draw_offset(rng, mix),
+            len: draw_len(rng, mix),
+            sync: rng.chance(30),
+        },
+        20 => PlanOp::Append {
+            file: any(),
+            len: draw_len(rng, mix),
+        },
+        21 => PlanOp::Fsync {
+            file: any(),
+            datasync: rng.chance(500),
+        },
         22 => PlanOp::Syncfs,
-        23 => PlanOp::Setxattr { obj: any(), name: xattr(), len: rng.pick(&[0, 5, 100, 870, 896, 1800, 9_000, 65_535]), how: rng.weighted(&[6, 1, 1]) as u8 },
-        24 => PlanOp::Getxattr { obj: any(), name: xattr() },
+        23 => PlanOp::Setxattr {
+            obj: any(),
+            name: xattr(),
+            len: rng.pick(&[0, 5, 100, 870, 896, 1800, 9_000, 65_535]),
+            how: rng.weighted(&[6, 1, 1]) as u8,
+        },
+        24 => PlanOp::Getxattr {
+            obj: any(),
+            name: xattr(),
+        },
         25 => PlanOp::Listxattr { obj: any() },
-        26 => PlanOp::Removexattr { obj: any(), name: xattr() },
-        27 => PlanOp::Readdir { dir: dir(), plus: rng.chance(300) },
+        26 => PlanOp::Removexattr {
+            obj: any(),
+            name: xattr(),
+        },
+        27 => PlanOp::Readdir {
+            dir: dir(),
+            plus: rng.chance(300),
+        },
         28 => PlanOp::Statfs,
         29 => PlanOp::Fallocate {
             file: any(),
             // A failed growing fallocate may stop anywhere: keep the size where it can fail.
-            keep: matches!(config.profile, Profile::Full | Profile::DiskErrors | Profile::Lifecycle) || rng.chance(500),
+            keep: matches!(
+                config.profile,
+                Profile::Full | Profile::DiskErrors | Profile::Lifecycle
+            ) || rng.chance(500),
             offset: draw_offset(rng, mix),
-            len: if mix.big { 1 + rng.below(16 * MIB) } else { u64::from(draw_len(rng, mix)) },
+            len: if mix.big {
+                1 + rng.below(16 * MIB)
+            } else {
+                u64::from(draw_len(rng, mix))
+            },
         },
-        30 => PlanOp::Seek { file: any(), offset: draw_offset(rng, mix), hole: rng.chance(500) },
+        30 => PlanOp::Seek {
+            file: any(),
+            offset: draw_offset(rng, mix),
+            hole: rng.chance(500),
+        },
         _ => PlanOp::Fiemap { file: any() },
     }
 }
@@ -628,7 +837,12 @@ mod tests {
             let plan = Plan::from_seed(seed, None);
             profiles.insert(plan.config.profile);
             for life in &plan.lives {
-                ends.insert(format!("{:?}", life.end).chars().take(4).collect::<String>());
+                ends.insert(
+                    format!("{:?}", life.end)
+                        .chars()
+                        .take(4)
+                        .collect::<String>(),
+                );
             }
         }
         assert_eq!(profiles.len(), PROFILES.len());

@@ -437,9 +437,11 @@ impl Posix for Reference {
         let len = data.len() as u32;
         let tag = (0..)
             .find(|tag| {
-                data.iter().take(64).zip(offset..).all(|(byte, at)| {
-                    *byte == crate::model::pattern_byte(*tag, at)
-                }) && crate::model::pattern(*tag, offset, len) == data
+                data.iter()
+                    .take(64)
+                    .zip(offset..)
+                    .all(|(byte, at)| *byte == crate::model::pattern_byte(*tag, at))
+                    && crate::model::pattern(*tag, offset, len) == data
             })
             .expect("a write of the workload");
         let call = Call::Write {

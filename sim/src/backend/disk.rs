@@ -301,13 +301,7 @@ impl Handle {
                 return;
             }
             let failed = disk.fails(op);
-            let args = [
-                disk.role_word(),
-                op as u64,
-                offset,
-                len,
-                u64::from(failed),
-            ];
+            let args = [disk.role_word(), op as u64, offset, len, u64::from(failed)];
             disk.sim
                 .trace
                 .event(disk.sim.now(), node, op.event(), &args, || {
@@ -457,7 +451,10 @@ mod tests {
             let device = host.disks.open(&host, DeviceRole::Meta);
             assert_eq!(device.size(), 1 << 20);
             let bufs = vec![buf(1, 8192), buf(2, 4096)];
-            device.write(4096, bufs, WriteFlags::default()).await.unwrap();
+            device
+                .write(4096, bufs, WriteFlags::default())
+                .await
+                .unwrap();
             let mut bytes = Vec::new();
             for sector in 0..5 {
                 bytes.push(byte(&device, sector).await);

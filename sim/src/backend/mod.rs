@@ -64,7 +64,7 @@ impl Sim {
             next_timer: Cell::new(0),
             earlier: tokio::sync::Notify::new(),
             polls: Cell::new(0),
-            poll_limit: Cell::new(40_000_000),
+            poll_limit: Cell::new(8_000_000),
             poll_cost: Cell::new(100),
             yield_permille: Cell::new(200),
             rng: Stream::new(seed, "executor", 0),
@@ -320,11 +320,7 @@ impl Task for SimTask {
 }
 
 /// Starts a task that belongs to `life`.
-pub fn spawn(
-    sim: &Rc<Sim>,
-    life: &Rc<Life>,
-    future: LocalBoxFuture<'static, ()>,
-) -> Rc<dyn Task> {
+pub fn spawn(sim: &Rc<Sim>, life: &Rc<Life>, future: LocalBoxFuture<'static, ()>) -> Rc<dyn Task> {
     let id = life.next_task.get();
     life.next_task.set(id + 1);
     let ended = Rc::new(Cell::new(false));
@@ -508,10 +504,8 @@ pub(crate) mod tests {
         T: Send + 'static,
     {
         crate::world::on_fresh_thread(move || {
-            let runtime = madsim::runtime::Runtime::with_seed_and_config(
-                seed,
-                madsim::Config::default(),
-            );
+            let runtime =
+                madsim::runtime::Runtime::with_seed_and_config(seed, madsim::Config::default());
             runtime.block_on(async move {
                 let sim = Sim::new(seed, Trace::default());
                 let node = Node::new(0, 0, 1_700_000_000_000_000_000);

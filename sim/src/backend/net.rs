@@ -209,7 +209,8 @@ impl SimNet {
 
     fn free_port(&self) -> u16 {
         let port = self.next_port.get();
-        self.next_port.set(if port == u16::MAX { 20_000 } else { port + 1 });
+        self.next_port
+            .set(if port == u16::MAX { 20_000 } else { port + 1 });
         port
     }
 }
@@ -457,9 +458,16 @@ impl Network for NodeNet {
         addr: SocketAddrV4,
     ) -> LocalBoxFuture<'static, Result<Rc<dyn Datagram>, NetError>> {
         let addr = self.bind(addr);
-        let taken = self.net.datagrams.borrow().get(&addr).is_some_and(|socket| {
-            socket.upgrade().is_some_and(|socket| socket.life.is_alive())
-        });
+        let taken = self
+            .net
+            .datagrams
+            .borrow()
+            .get(&addr)
+            .is_some_and(|socket| {
+                socket
+                    .upgrade()
+                    .is_some_and(|socket| socket.life.is_alive())
+            });
         if taken {
             return Box::pin(std::future::ready(Err(NetError::AddrInUse(addr))));
         }
@@ -483,9 +491,16 @@ impl Network for NodeNet {
         addr: SocketAddrV4,
     ) -> LocalBoxFuture<'static, Result<Box<dyn Listener>, NetError>> {
         let addr = self.bind(addr);
-        let taken = self.net.listeners.borrow().get(&addr).is_some_and(|socket| {
-            socket.upgrade().is_some_and(|socket| socket.life.is_alive())
-        });
+        let taken = self
+            .net
+            .listeners
+            .borrow()
+            .get(&addr)
+            .is_some_and(|socket| {
+                socket
+                    .upgrade()
+                    .is_some_and(|socket| socket.life.is_alive())
+            });
         if taken {
             return Box::pin(std::future::ready(Err(NetError::AddrInUse(addr))));
         }
@@ -628,7 +643,11 @@ mod tests {
             let (mut client, mut server) = pair(&env, 1000).await;
             let ip = host.node.ip;
             host.net.cut(ip, ip);
-            client.writer.write(Bytes::from_static(b"late")).await.unwrap();
+            client
+                .writer
+                .write(Bytes::from_static(b"late"))
+                .await
+                .unwrap();
             env.sleep(Duration::from_secs(1)).await;
             host.net.heal();
             let mut got = Vec::new();
@@ -657,12 +676,14 @@ mod tests {
             let from = SocketAddrV4::new(host.node.ip, 6);
             let outbox = env.net.bind_datagram(from).await.unwrap();
             for n in 0..100u8 {
-                outbox.send_to(Bytes::copy_from_slice(&[n]), to).await.unwrap();
+                outbox
+                    .send_to(Bytes::copy_from_slice(&[n]), to)
+                    .await
+                    .unwrap();
             }
             env.sleep(Duration::from_millis(1)).await;
             let mut got = Vec::new();
-            while let Either::Left(received) =
-                race(inbox.recv_from(), std::future::ready(())).await
+            while let Either::Left(received) = race(inbox.recv_from(), std::future::ready(())).await
             {
                 let (bytes, sender) = received.unwrap();
                 assert_eq!(sender, from);

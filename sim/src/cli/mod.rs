@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(Parser)]
-#[command(name = "outrider-sim", about = "Simulates worlds built from seeds and judges them")]
+#[command(
+    name = "outrider-sim",
+    about = "Simulates worlds built from seeds and judges them"
+)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -52,10 +55,13 @@ struct ReplayArgs {
 
 fn parse_profile(text: &str) -> Result<Profile, String> {
     let name = |profile: &Profile| format!("{profile:?}").to_lowercase();
-    PROFILES.into_iter().find(|p| name(p) == text).ok_or_else(|| {
-        let names: Vec<String> = PROFILES.iter().map(name).collect();
-        format!("profiles are {}", names.join(", "))
-    })
+    PROFILES
+        .into_iter()
+        .find(|p| name(p) == text)
+        .ok_or_else(|| {
+            let names: Vec<String> = PROFILES.iter().map(name).collect();
+            format!("profiles are {}", names.join(", "))
+        })
 }
 
 /// Runs the program.
@@ -150,7 +156,10 @@ fn corpus(dir: &Path) -> Result<bool, String> {
         if let Some(failure) = outcome.failure {
             failed += 1;
             println!("{}: {}: {}", file.display(), failure.kind, failure.text);
-            println!("  replay with: outrider-sim replay {} --log", file.display());
+            println!(
+                "  replay with: outrider-sim replay {} --log",
+                file.display()
+            );
         }
     }
     println!("{} plans, {failed} failed", files.len());

@@ -5,25 +5,82 @@ use indicatif::ProgressBar;
 
 /// Name and what it breaks, with the row of spec 18 or the section it is about.
 const MUTANTS: [(&str, &str); 19] = [
-    ("freed_block_reused", "a block freed in a transaction is reused in the same one (03 s9)"),
-    ("join_wrong_parent_key", "a join leaves the parent's key of before (02 s22)"),
-    ("super_before_flush", "the super is written before its blocks are flushed (04 s6, 18 A18)"),
-    ("commit_not_durable_reply", "a commit is answered before the super is written (18 A18)"),
-    ("reclaim_skips_avail", "reclaim of a dead mount loses its free blocks (18 A32)"),
-    ("read_barrier_skipped", "a read-in may overtake a commit (18 B2)"),
-    ("stale_keeps_items", "a retry after stale blocks keeps items of the old roots (18 B16)"),
-    ("deletion_item_dropped", "a deletion item is dropped while older versions exist (18 A39)"),
-    ("commit_retries_deltas", "a retried commit applies its items again (04 H1)"),
-    ("data_not_flushed", "a commit does not flush the data device (14 s20)"),
-    ("orphan_deleted_twice", "two tasks delete one inode (18 A38)"),
-    ("orphan_item_missing", "the last unlink leaves no orphan item (12 s7)"),
-    ("readdir_pos_reused", "directory positions are reused (12 s8)"),
-    ("truncate_flag_not_persisted", "an interrupted truncate is not finished (14 s11)"),
-    ("tail_not_zeroed", "truncate leaves old bytes behind the new end (18 A29)"),
-    ("invalidate_before_commit", "a lock is given back before the commit (10 s15)"),
-    ("kernel_cache_not_invalidated", "the kernel is not told to forget (12 s25)"),
-    ("farewell_before_commit", "an unmount says farewell before its last commit (08 s11)"),
-    ("fsync_answers_early", "fsync answers when the commit has only begun (04 I16)"),
+    (
+        "freed_block_reused",
+        "a block freed in a transaction is reused in the same one (03 s9)",
+    ),
+    (
+        "join_wrong_parent_key",
+        "a join leaves the parent's key of before (02 s22)",
+    ),
+    (
+        "super_before_flush",
+        "the super is written before its blocks are flushed (04 s6, 18 A18)",
+    ),
+    (
+        "commit_not_durable_reply",
+        "a commit is answered before the super is written (18 A18)",
+    ),
+    (
+        "reclaim_skips_avail",
+        "reclaim of a dead mount loses its free blocks (18 A32)",
+    ),
+    (
+        "read_barrier_skipped",
+        "a read-in may overtake a commit (18 B2)",
+    ),
+    (
+        "stale_keeps_items",
+        "a retry after stale blocks keeps items of the old roots (18 B16)",
+    ),
+    (
+        "deletion_item_dropped",
+        "a deletion item is dropped while older versions exist (18 A39)",
+    ),
+    (
+        "commit_retries_deltas",
+        "a retried commit applies its items again (04 H1)",
+    ),
+    (
+        "data_not_flushed",
+        "a commit does not flush the data device (14 s20)",
+    ),
+    (
+        "orphan_deleted_twice",
+        "two tasks delete one inode (18 A38)",
+    ),
+    (
+        "orphan_item_missing",
+        "the last unlink leaves no orphan item (12 s7)",
+    ),
+    (
+        "readdir_pos_reused",
+        "directory positions are reused (12 s8)",
+    ),
+    (
+        "truncate_flag_not_persisted",
+        "an interrupted truncate is not finished (14 s11)",
+    ),
+    (
+        "tail_not_zeroed",
+        "truncate leaves old bytes behind the new end (18 A29)",
+    ),
+    (
+        "invalidate_before_commit",
+        "a lock is given back before the commit (10 s15)",
+    ),
+    (
+        "kernel_cache_not_invalidated",
+        "the kernel is not told to forget (12 s25)",
+    ),
+    (
+        "farewell_before_commit",
+        "an unmount says farewell before its last commit (08 s11)",
+    ),
+    (
+        "fsync_answers_early",
+        "fsync answers when the commit has only begun (04 I16)",
+    ),
 ];
 
 #[derive(clap::Args)]
@@ -76,6 +133,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
                 profile: None,
                 mutant: Some(name),
                 stop_at_first: true,
+                quiet: true,
             },
             &ProgressBar::hidden(),
         );

@@ -57,6 +57,8 @@ pub struct Hunt {
     pub mutant: Option<&'static str>,
     /// Stop at the first failure.
     pub stop_at_first: bool,
+    /// Say nothing about failures.
+    pub quiet: bool,
 }
 
 /// Runs the seeds of a hunt.
@@ -82,9 +84,14 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
                         if hunt.stop_at_first {
                             stop.store(true, Ordering::Relaxed);
                         }
-                        bar.println(report(&outcome, hunt.profile));
+                        if !hunt.quiet {
+                            bar.suspend(|| eprintln!("{}", report(&outcome, hunt.profile)));
+                        }
                     }
-                    outcomes.lock().expect("no worker panics").insert(seed, outcome);
+                    outcomes
+                        .lock()
+                        .expect("no worker panics")
+                        .insert(seed, outcome);
                     bar.inc(1);
                 }
             });
@@ -144,6 +151,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
             profile: args.profile,
             mutant: None,
             stop_at_first: false,
+            quiet: args.json || args.hashes,
         },
         &bar,
     );
@@ -197,10 +205,18 @@ fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
         kinds.entry(kind).or_default().push(outcome.seed);
     }
     for (kind, seeds) in kinds {
-        println!("{kind}: {} seeds, as {:?}", seeds.len(), &seeds[..seeds.len().min(12)]);
+        println!(
+            "{kind}: {} seeds, as {:?}",
+            seeds.len(),
+            &seeds[..seeds.len().min(12)]
+        );
     }
     for outcome in failed {
-        println!("seed {} {}", outcome.seed, command(outcome.seed, args.profile));
+        println!(
+            "seed {} {}",
+            outcome.seed,
+            command(outcome.seed, args.profile)
+        );
     }
 }
 

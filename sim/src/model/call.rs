@@ -8,34 +8,124 @@ use outrider_core::fs::api::{Attr, FiemapExtent, Ino, SetAttr, StatFs, XattrSet}
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // the fields are what their names say, in `fs::api` terms
 pub enum Call {
-    Lookup { dir: Ino, name: Bytes },
-    Getattr { ino: Ino },
-    Setattr { ino: Ino, set: SetAttr },
-    Readlink { ino: Ino },
-    Mknod { dir: Ino, name: Bytes, mode: u32, rdev: u32 },
-    Mkdir { dir: Ino, name: Bytes, mode: u32 },
-    Symlink { dir: Ino, name: Bytes, target: Bytes },
-    Create { dir: Ino, name: Bytes, mode: u32, excl: bool },
-    Tmpfile { dir: Ino, mode: u32 },
-    Unlink { dir: Ino, name: Bytes },
-    Rmdir { dir: Ino, name: Bytes },
-    Rename { dir: Ino, name: Bytes, to: Ino, new: Bytes, noreplace: bool },
-    Link { ino: Ino, dir: Ino, name: Bytes },
-    Open { ino: Ino },
-    Release { ino: Ino },
-    Read { ino: Ino, offset: u64, len: u32 },
-    Write { ino: Ino, offset: u64, len: u32, tag: u64, append: bool, sync: bool },
-    Fsync { ino: Ino },
+    Lookup {
+        dir: Ino,
+        name: Bytes,
+    },
+    Getattr {
+        ino: Ino,
+    },
+    Setattr {
+        ino: Ino,
+        set: SetAttr,
+    },
+    Readlink {
+        ino: Ino,
+    },
+    Mknod {
+        dir: Ino,
+        name: Bytes,
+        mode: u32,
+        rdev: u32,
+    },
+    Mkdir {
+        dir: Ino,
+        name: Bytes,
+        mode: u32,
+    },
+    Symlink {
+        dir: Ino,
+        name: Bytes,
+        target: Bytes,
+    },
+    Create {
+        dir: Ino,
+        name: Bytes,
+        mode: u32,
+        excl: bool,
+    },
+    Tmpfile {
+        dir: Ino,
+        mode: u32,
+    },
+    Unlink {
+        dir: Ino,
+        name: Bytes,
+    },
+    Rmdir {
+        dir: Ino,
+        name: Bytes,
+    },
+    Rename {
+        dir: Ino,
+        name: Bytes,
+        to: Ino,
+        new: Bytes,
+        noreplace: bool,
+    },
+    Link {
+        ino: Ino,
+        dir: Ino,
+        name: Bytes,
+    },
+    Open {
+        ino: Ino,
+    },
+    Release {
+        ino: Ino,
+    },
+    Read {
+        ino: Ino,
+        offset: u64,
+        len: u32,
+    },
+    Write {
+        ino: Ino,
+        offset: u64,
+        len: u32,
+        tag: u64,
+        append: bool,
+        sync: bool,
+    },
+    Fsync {
+        ino: Ino,
+    },
     Syncfs,
-    Setxattr { ino: Ino, name: Bytes, value: Bytes, how: XattrSet },
-    Getxattr { ino: Ino, name: Bytes },
-    Listxattr { ino: Ino },
-    Removexattr { ino: Ino, name: Bytes },
-    Readdir { ino: Ino },
+    Setxattr {
+        ino: Ino,
+        name: Bytes,
+        value: Bytes,
+        how: XattrSet,
+    },
+    Getxattr {
+        ino: Ino,
+        name: Bytes,
+    },
+    Listxattr {
+        ino: Ino,
+    },
+    Removexattr {
+        ino: Ino,
+        name: Bytes,
+    },
+    Readdir {
+        ino: Ino,
+    },
     Statfs,
-    Fallocate { ino: Ino, keep: bool, offset: u64, len: u64 },
-    Seek { ino: Ino, offset: u64, hole: bool },
-    Fiemap { ino: Ino },
+    Fallocate {
+        ino: Ino,
+        keep: bool,
+        offset: u64,
+        len: u64,
+    },
+    Seek {
+        ino: Ino,
+        offset: u64,
+        hole: bool,
+    },
+    Fiemap {
+        ino: Ino,
+    },
 }
 
 impl Call {

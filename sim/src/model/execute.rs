@@ -60,7 +60,13 @@ impl Model {
         if file.is_file() {
             Ok(file)
         } else {
-            Err(vec![Errno::EINVAL, Errno::EISDIR, Errno::EOPNOTSUPP, Errno::EBADF, Errno::ENODEV])
+            Err(vec![
+                Errno::EINVAL,
+                Errno::EISDIR,
+                Errno::EOPNOTSUPP,
+                Errno::EBADF,
+                Errno::ENODEV,
+            ])
         }
     }
 
@@ -77,7 +83,11 @@ impl Model {
         if inode.entries.contains_key(name) {
             errors.push(Errno::EEXIST);
         }
-        if errors.is_empty() { Ok(()) } else { Err(errors) }
+        if errors.is_empty() {
+            Ok(())
+        } else {
+            Err(errors)
+        }
     }
 
     fn add_entry(&mut self, dir: Ino, name: &Bytes, ino: Ino, cx: &Context) {
@@ -372,7 +382,13 @@ impl Model {
             if !inode.is_file() {
                 // The kernel opens what is there by itself; a daemon asked to
                 // create over it may only say so.
-                return Err(vec![Errno::EEXIST, Errno::ELOOP, Errno::EINVAL, Errno::ENXIO, Errno::ESTALE]);
+                return Err(vec![
+                    Errno::EEXIST,
+                    Errno::ELOOP,
+                    Errno::EINVAL,
+                    Errno::ENXIO,
+                    Errno::ESTALE,
+                ]);
             }
             // The file may also be reported as being there (spec 12 section 11).
             if matches!(reply, Some(Reply::Err(_))) {
@@ -552,7 +568,9 @@ impl Model {
             return false;
         }
         names.sort_unstable();
-        names.into_iter().eq(inode.xattrs.keys().map(|name| &name[..]))
+        names
+            .into_iter()
+            .eq(inode.xattrs.keys().map(|name| &name[..]))
     }
 
     fn admits_names(&self, dir: Ino, names: &[(Ino, u8, Bytes)]) -> bool {

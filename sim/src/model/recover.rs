@@ -96,7 +96,11 @@ fn compare_attributes(ino: Ino, expected: &Inode, seen: &Inode) -> Result<(), Di
         return differ("nlink", &expected.nlink, &seen.nlink);
     }
     if (expected.uid, expected.gid, expected.rdev) != (seen.uid, seen.gid, seen.rdev) {
-        return differ("owner", &(expected.uid, expected.gid), &(seen.uid, seen.gid));
+        return differ(
+            "owner",
+            &(expected.uid, expected.gid),
+            &(seen.uid, seen.gid),
+        );
     }
     if expected.size != seen.size {
         return differ("size", &expected.size, &seen.size);
@@ -124,7 +128,11 @@ fn compare_attributes(ino: Ino, expected: &Inode, seen: &Inode) -> Result<(), Di
             return differ(&format!("the entry {name:?}"), &entry.ino, &got);
         }
     }
-    if let Some(name) = seen.entries.keys().find(|name| !expected.entries.contains_key(*name)) {
+    if let Some(name) = seen
+        .entries
+        .keys()
+        .find(|name| !expected.entries.contains_key(*name))
+    {
         return Err(format!("inode {ino}: the entry {name:?} is not expected"));
     }
     Ok(())

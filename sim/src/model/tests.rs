@@ -71,14 +71,21 @@ fn names_sizes_and_links_follow_the_rules() {
         name: name("bb"),
     };
     let wrong = Reply::Entry(attr(1024, S_IFREG | 0o644, 1, 0, 0, 6));
-    assert!(state.apply(&link, &wrong, &cx(6)).is_empty(), "nlink must be 2");
+    assert!(
+        state.apply(&link, &wrong, &cx(6)).is_empty(),
+        "nlink must be 2"
+    );
     let mut right = attr(1024, S_IFREG | 0o644, 2, 0, 0, 6);
     right.mtime.nsec = 5;
     let state = state.apply(&link, &Reply::Entry(right), &cx(6)).remove(0);
     assert_eq!(state.get(ROOT).unwrap().size, 3);
     let again = state.apply(&link, &Reply::Err(Errno::EEXIST), &cx(7));
     assert_eq!(again.len(), 1);
-    assert!(state.apply(&link, &Reply::Err(Errno::ENOENT), &cx(7)).is_empty());
+    assert!(
+        state
+            .apply(&link, &Reply::Err(Errno::ENOENT), &cx(7))
+            .is_empty()
+    );
 }
 
 #[test]
@@ -130,16 +137,28 @@ fn recovery_accepts_committed_states_and_in_place_overwrites_only() {
     };
     let none = Later::default();
     let overwrite = Later::new([&call]);
-    assert!(before.recovered_as(&observe(&before, &before), &none).is_ok());
+    assert!(
+        before
+            .recovered_as(&observe(&before, &before), &none)
+            .is_ok()
+    );
     // Later bytes may be there, but only if they were written.
     let torn = observe(&before, &after);
     assert!(before.recovered_as(&torn, &none).is_err());
     assert!(before.recovered_as(&torn, &overwrite).is_ok());
     // The state says the write is there: old bytes are a loss.
     let lost = observe(&after, &before);
-    assert!(after.recovered_as(&lost, &none).unwrap_err().contains("byte 100"));
+    assert!(
+        after
+            .recovered_as(&lost, &none)
+            .unwrap_err()
+            .contains("byte 100")
+    );
     // A transaction is there whole or not at all.
-    assert!(base.recovered_as(&observe(&before, &before), &overwrite).is_err());
+    assert!(
+        base.recovered_as(&observe(&before, &before), &overwrite)
+            .is_err()
+    );
 }
 
 #[test]
@@ -159,5 +178,8 @@ fn failures_are_tolerated_only_where_faults_are() {
     assert_eq!(state.apply(&call, &failed, &faulty).len(), 2, "done or not");
     faulty.tolerance.space = true;
     let full = Reply::Err(Errno::ENOSPC);
-    assert!(state.apply(&call, &full, &faulty).is_empty(), "truncate never allocates");
+    assert!(
+        state.apply(&call, &full, &faulty).is_empty(),
+        "truncate never allocates"
+    );
 }

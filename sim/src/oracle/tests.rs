@@ -111,7 +111,12 @@ fn a_crash_may_lose_a_suffix_but_not_what_was_synced_and_not_a_middle() {
     // The later one without the earlier one.
     let mut middle = start(false);
     let result = middle.recovered(&after(&[("b", 1025)]));
-    assert!(result.is_err(), "{:?} {}", middle.state(), middle.unjudged());
+    assert!(
+        result.is_err(),
+        "{:?} {}",
+        middle.state(),
+        middle.unjudged()
+    );
     // Something nobody made.
     start(false).recovered(&after(&[("x", 1030)])).unwrap_err();
 }

@@ -162,7 +162,10 @@ impl<A: Asked> Look<'_, A> {
             return Err(format!("the xattrs of inode {ino} are {reply:?}"));
         };
         let mut xattrs = BTreeMap::new();
-        for name in list.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        for name in list
+            .split(|byte| *byte == 0)
+            .filter(|name| !name.is_empty())
+        {
             let name = Bytes::copy_from_slice(name);
             let call = Call::Getxattr {
                 ino,

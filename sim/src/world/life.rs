@@ -220,7 +220,11 @@ fn arm(fate: &Rc<Fate>, end: End, now: u64) {
 pub(super) async fn all_lives<S: System>(world: &Rc<World<S>>) -> Result<(), Violation> {
     for (number, life) in world.plan.lives.iter().enumerate() {
         world.note("LIFE", &[number as u64], || {
-            format!("{number}: {} faults, ends {:?}", life.faults.len(), life.end)
+            format!(
+                "{number}: {} faults, ends {:?}",
+                life.faults.len(),
+                life.end
+            )
         });
         let clean = Box::pin(one_life(world, life, number as u64)).await?;
         world.disks.heal();
@@ -242,9 +246,11 @@ pub(super) async fn all_lives<S: System>(world: &Rc<World<S>>) -> Result<(), Vio
 async fn check<S: System>(world: &Rc<World<S>>, clean: bool) -> Result<(), Violation> {
     let host = world.host();
     let result = S::check(&host, &world.volume, clean).await;
-    world.note("check", &[u64::from(clean), u64::from(result.is_ok())], || {
-        format!("{result:?}")
-    });
+    world.note(
+        "check",
+        &[u64::from(clean), u64::from(result.is_ok())],
+        || format!("{result:?}"),
+    );
     result.map_err(|text| violation("check", text))
 }
 
@@ -425,7 +431,11 @@ async fn leave<S: System>(
     mount: Rc<S>,
 ) -> Result<bool, Violation> {
     let inner = Rc::clone(scene);
-    let closed = within(fate, "closing files", async move { inner.close_all().await });
+    let closed = within(
+        fate,
+        "closing files",
+        async move { inner.close_all().await },
+    );
     if matches!(closed.await?, Waited::Died) {
         return Ok(false);
     }

@@ -266,7 +266,8 @@ impl<P: Posix> Scene<P> {
     pub async fn close_all(&self) {
         let held = std::mem::take(&mut self.table.borrow_mut().held);
         for handle in held.into_values().flatten() {
-            self.call(Call::Release { ino: handle.ino }, Some(*handle)).await;
+            self.call(Call::Release { ino: handle.ino }, Some(*handle))
+                .await;
         }
     }
 
@@ -281,13 +282,18 @@ impl<P: Posix> Scene<P> {
     fn hold(&self, handle: Option<Handle>) {
         if let Some(handle) = handle {
             let mut table = self.table.borrow_mut();
-            table.held.entry(handle.ino).or_default().push(Rc::new(handle));
+            table
+                .held
+                .entry(handle.ino)
+                .or_default()
+                .push(Rc::new(handle));
         }
     }
 
     async fn release(&self, handle: Option<Handle>) {
         if let Some(handle) = handle {
-            self.call(Call::Release { ino: handle.ino }, Some(handle)).await;
+            self.call(Call::Release { ino: handle.ino }, Some(handle))
+                .await;
         }
     }
 
