@@ -400,7 +400,8 @@ fn histories_survive_power_loss_and_errors() {
         *sink.borrow_mut().entry(name).or_default() += 1
     })));
     let (mut crashes, mut commits) = (0, 0);
-    for seed in 0..5 {
+    let seeds: u64 = std::env::var("SEEDS").map_or(5, |n| n.parse().expect("a number"));
+    for seed in 0..seeds {
         match history(seed, 120) {
             Ok(cluster) => {
                 crashes += cluster.crashes;
