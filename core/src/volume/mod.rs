@@ -9,6 +9,7 @@ pub mod check;
 mod error;
 mod mkfs;
 mod offline;
+pub mod print;
 mod superblock;
 
 pub use check::{CheckOptions, Report, check};

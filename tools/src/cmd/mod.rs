@@ -9,6 +9,7 @@ pub mod man;
 pub mod mkfs;
 pub mod mount;
 pub mod prepare_empty_data_device;
+pub mod print;
 pub mod umount;
 pub mod up;
 
@@ -30,6 +31,8 @@ pub enum Command {
     Umount(umount::Args),
     /// Make a volume in two files and mount it, no flags needed
     Up(up::Args),
+    /// Print all metadata of a volume
+    Print(print::Args),
     /// Raise the format version of an unmounted volume
     ChangeFormatVersion(change_format_version::Args),
     /// Replace the quorum slots of an unmounted volume
@@ -53,6 +56,7 @@ impl Command {
             Self::Mount(_) => "mount",
             Self::Umount(_) => "umount",
             Self::Up(_) => "up",
+            Self::Print(_) => "print",
             Self::ChangeFormatVersion(_) => "change-format-version",
             Self::ChangeQuorumConfig(_) => "change-quorum-config",
             Self::PrepareEmptyDataDevice(_) => "prepare-empty-data-device",
@@ -70,6 +74,7 @@ impl Command {
             Self::Mount(args) => done(args.run()),
             Self::Umount(args) => done(args.run()),
             Self::Up(args) => done(args.run()),
+            Self::Print(args) => done(args.run()),
             Self::ChangeFormatVersion(args) => done(args.run()),
             Self::ChangeQuorumConfig(args) => done(args.run()),
             Self::PrepareEmptyDataDevice(args) => done(args.run()),

@@ -9,6 +9,8 @@ use zerocopy::FromBytes;
 /// A parsed item: where its parts are.
 #[derive(Clone, Copy, Debug)]
 pub struct ItemAt {
+    /// Byte of the item in the block.
+    pub offset: usize,
     /// Key.
     pub key: Key,
     /// Item seq.
@@ -109,7 +111,7 @@ impl Checker<'_> {
             let (item, _) = BtreeItem::read_from_prefix(&self.block[at..])
                 .expect("checked to be inside the block");
             self.raw.push(item);
-            self.out.items.push(self.item_at(&item));
+            self.out.items.push(self.item_at(at, &item));
         }
         let mut order = std::mem::take(&mut self.out.items);
         order.sort_by_key(|item| item.key);
@@ -122,11 +124,12 @@ impl Checker<'_> {
         true
     }
 
-    fn item_at(&self, item: &BtreeItem) -> ItemAt {
+    fn item_at(&self, offset: usize, item: &BtreeItem) -> ItemAt {
         let off = usize::from(item.val_off.get());
         let len = usize::from(item.val_len.get());
         let inside = len > 0 && off >= BTREE_HEAD_SIZE && off + len <= self.end;
         ItemAt {
+            offset,
             key: item.key.key(),
             seq: item.seq.get(),
             flags: item.flags,
