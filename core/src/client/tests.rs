@@ -2,7 +2,10 @@
 //! connections anywhere.
 
 use super::{Client, ClientConfig, ClientError, Incoming};
-use crate::env::testing::{TestEntropy, TestWorld, yield_now};
+use crate::block::Policy;
+use crate::block::testvol::Vol;
+use crate::btree;
+use crate::env::testing::{TestEntropy, TestWorld, block_on, yield_now};
 use crate::env::testnet::{TestNet, TestNetHandle};
 use crate::env::{
     Datagram, Duration, Entropy, Env, Listener, LocalBoxFuture, NetError, Network, Stream,
@@ -10,8 +13,9 @@ use crate::env::{
 };
 use crate::errno::Errno;
 use crate::format::{
-    Key, Magic, NetCmd, NetGreeting, NetLock, OpenInoMap, OpenInoMapArgs, QUORUM_BLKNO,
-    QuorumBlock, QuorumEventKind, SM_BLOCK_SIZE, SUPER_BLKNO, SuperBlock, init_header, seal,
+    BtreeRoot, Key, LG_BLOCK_SHIFT, Magic, MountedClient, NetCmd, NetGreeting, NetLock, OpenInoMap,
+    OpenInoMapArgs, QUORUM_BLKNO, QuorumBlock, QuorumEventKind, SM_BLOCK_SIZE, SUPER_BLKNO,
+    SuperBlock, init_header, seal,
 };
 use crate::wire::{
     Connections, Decoder, Frame, GreetingInfo, ListenerConfig, Origin, ServerHooks, greeting,
@@ -142,7 +146,7 @@ impl World {
         });
         let world = TestWorld::with_network(seed, 1 << 20, 1 << 20, net);
         let this = Self { world, lifetime };
-        this.write_super();
+        this.write_super(BtreeRoot::default());
         for slot in 0..3 {
             this.write_quorum(slot, 0, 0);
         }
@@ -157,8 +161,31 @@ impl World {
         self.world.meta.poke(blkno * SM_BLOCK_SIZE as u64, &block);
     }
 
-    fn write_super(&self) {
-        let mut sb = SuperBlock::default();
+    /// Whether the mount is on the list of mounted clients.
+    fn set_mounted(&self, mounted: bool) {
+        let mut root = BtreeRoot::default();
+        if mounted {
+            let vol = Vol::new(1, 16, Policy::default());
+            let key = Key::mounted_client(RID);
+            let item = MountedClient::default();
+            block_on(async {
+                let inserted = btree::insert(&vol.tx, &mut root, &key, item.as_bytes());
+                inserted.await.expect("inserted");
+                vol.tx.prepare_commit();
+                vol.tx.write().await.expect("written");
+            });
+            let start = 2 << LG_BLOCK_SHIFT;
+            let blocks = vol.dev.peek(start, 14 << LG_BLOCK_SHIFT);
+            self.world.meta.poke(start, &blocks);
+        }
+        self.write_super(root);
+    }
+
+    fn write_super(&self, mounted_clients: BtreeRoot) {
+        let mut sb = SuperBlock {
+            mounted_clients,
+            ..SuperBlock::default()
+        };
         sb.fmt_vers.set(2);
         for slot in 0..3 {
             sb.qconf.slots[slot] = crate::format::InetAddr::from_v4(slot_addr(slot as u16));
@@ -644,5 +671,64 @@ fn a_later_socket_of_a_client_takes_its_session_over() {
         assert!(server.expired.borrow().is_empty());
         server.conns().shutdown().await;
         yield_now().await;
+    });
+}
+
+/// Only the answer to the farewell is lost: the missing item tells.
+#[test]
+fn a_farewell_without_an_answer_ends_when_the_item_is_gone() {
+    let w = World::new(1);
+    let env = w.env();
+    w.world.block_on(async {
+        w.set_mounted(true);
+        let server = w.server(1, 5).await;
+        let client = w.client(RID, &Rc::new(Mount::default()));
+        until(&env, "up", || client.server_term() == 5).await;
+        server.mute.set(true);
+        let done = Rc::new(Cell::new(false));
+        let (one, flag) = (client.clone(), done.clone());
+        env.spawn("unmount", async move {
+            one.farewell().await;
+            flag.set(true);
+        });
+        until(&env, "asked", || !server.handled.borrow().is_empty()).await;
+        // The server breaks the connection, and the client comes back: with the flag.
+        server.conns().break_connection(RID);
+        until(&env, "back", || server.greeted.borrow().len() == 2).await;
+        assert!(server.greeted.borrow()[1].farewell);
+        server.conns().shutdown().await;
+        w.write_quorum(1, 5, 5);
+        env.sleep(Duration::from_secs(5)).await;
+        assert!(!done.get(), "the item is still there");
+        // The next server has reclaimed it, and is gone as well.
+        w.set_mounted(false);
+        until(&env, "done", || done.get()).await;
+    });
+}
+
+#[test]
+fn a_mount_that_was_fenced_finds_out() {
+    let w = World::new(1);
+    let env = w.env();
+    w.world.block_on(async {
+        w.set_mounted(true);
+        let server = w.server(1, 5).await;
+        let client = w.client(RID, &Rc::new(Mount::default()));
+        until(&env, "up", || client.server_term() == 5).await;
+        let evicted = Rc::new(Cell::new(false));
+        let (wait, flag) = (client.evicted(), evicted.clone());
+        env.spawn("evicted", async move {
+            wait.await;
+            flag.set(true);
+        });
+        // Refused for another reason: it is still on the list.
+        server.refuse.set(Some(Errno::EIO));
+        server.conns().break_connection(RID);
+        env.sleep(Duration::from_secs(5)).await;
+        assert!(!evicted.get());
+        server.refuse.set(Some(Errno::EINVAL));
+        w.set_mounted(false);
+        until(&env, "evicted", || evicted.get()).await;
+        client.sever();
     });
 }
