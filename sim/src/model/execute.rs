@@ -377,9 +377,9 @@ impl Model {
         {
             let inode = self.live(ino)?;
             if inode.is_dir() {
-                return Err(vec![Errno::EISDIR, Errno::EEXIST]);
+                return Err(vec![Errno::EISDIR, Errno::EEXIST, Errno::ESTALE]);
             }
-            if !inode.is_file() {
+            if !inode.is_file() && matches!(reply, Some(Reply::Err(_))) {
                 // The kernel opens what is there by itself; a daemon asked to
                 // create over it may only say so.
                 return Err(vec![
@@ -392,7 +392,7 @@ impl Model {
             }
             // The file may also be reported as being there (spec 12 section 11).
             if matches!(reply, Some(Reply::Err(_))) {
-                return Err(vec![Errno::EEXIST]);
+                return Err(vec![Errno::EEXIST, Errno::ESTALE]);
             }
             self.get_mut(ino).opens += 1;
             return Ok(Expected::Attr(ino));

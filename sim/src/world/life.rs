@@ -415,6 +415,8 @@ async fn run_window<S: System>(
     let waited = waited.map_err(|failure| scene.desk.name_hanging(failure))?;
     match waited {
         Waited::Died => Ok(false),
+        // It died in the very step that ended the window.
+        Waited::Done(_) if fate.is_dead() => Ok(false),
         // What an audit could not read shows in the recorded answers.
         Waited::Done(_) => {
             world.oracle.borrow_mut().quiet()?;
@@ -436,7 +438,7 @@ async fn leave<S: System>(
         "closing files",
         async move { inner.close_all().await },
     );
-    if matches!(closed.await?, Waited::Died) {
+    if matches!(closed.await?, Waited::Died) || fate.is_dead() {
         return Ok(false);
     }
     world.oracle.borrow_mut().quiet()?;

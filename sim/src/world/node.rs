@@ -8,6 +8,7 @@ use outrider_core::fs::Fs;
 use outrider_core::fs::api::KernelCache;
 use outrider_core::node::{Mount, NodeConfig};
 use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
+use outrider_core::volume::check::{CheckOptions, check};
 use outrider_core::volume::{MkfsOptions, mkfs};
 use outrider_core::{block, log};
 use std::net::SocketAddrV4;
@@ -138,7 +139,21 @@ impl System for Outrider {
         self.mount.force_unmount().await;
     }
 
-    async fn check(_host: &Host, _volume: &Rc<()>, _clean: bool) -> Result<(), String> {
-        Ok(())
+    async fn check(host: &Host, _volume: &Rc<()>, _clean: bool) -> Result<(), String> {
+        let env = host.env("check");
+        let open = |role| env.devices.open(role).map_err(|error| error.to_string());
+        let (meta, data) = (open(DeviceRole::Meta)?, open(DeviceRole::Data)?);
+        let options = CheckOptions::default();
+        let report = check(meta, data, &options).await;
+        if report.errors == 0 {
+            return Ok(());
+        }
+        let shown: Vec<String> = report
+            .problems
+            .iter()
+            .take(4)
+            .map(|problem| format!("{problem:?}"))
+            .collect();
+        Err(format!("{} errors: {}", report.errors, shown.join("; ")))
     }
 }
