@@ -345,7 +345,8 @@ impl Model {
             Errno::ENOLINK | Errno::ESHUTDOWN | Errno::ENOTCONN | Errno::ECONNABORTED => {
                 cx.tolerance.link
             }
-            Errno::ENOENT | Errno::ESTALE => call
+            // Unlinked and closed: its items may be going.
+            Errno::ENOENT | Errno::ESTALE | Errno::ENODATA => call
                 .subjects()
                 .into_iter()
                 .flatten()
