@@ -1,7 +1,11 @@
 //! Client and listener over a simulated TCP that partitions, holds, resets and
 //! crashes hosts: every request is answered once, whatever happens to the network.
 
-#![allow(missing_docs, reason = "a test")]
+#![allow(
+    missing_docs,
+    clippy::disallowed_types,
+    reason = "a test; turmoil's epoch is a constant SystemTime"
+)]
 
 mod host;
 

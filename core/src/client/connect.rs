@@ -150,7 +150,7 @@ async fn next_frame(
     decoder: &mut Decoder,
 ) -> Result<Frame, ConnectError> {
     loop {
-        if let Some(frame) = decoder.next()? {
+        if let Some(frame) = decoder.next_frame()? {
             return Ok(frame);
         }
         let chunk = reader.read().await?;
@@ -199,7 +199,7 @@ async fn write_loop(inner: &Inner, writer: &mut dyn StreamWriter) -> ConnectErro
             let mut conn = inner.conn.borrow_mut();
             let mut out = BytesMut::new();
             while out.len() < WRITE_CHUNK
-                && let Some(frame) = conn.next()
+                && let Some(frame) = conn.next_frame()
             {
                 frame.encode(&mut out);
             }

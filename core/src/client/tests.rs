@@ -617,7 +617,7 @@ fn strangers_get_nothing_and_get_nobody_fenced() {
             let answer = scan(&env, 1, &bytes).await;
             let mut decoder = Decoder::default();
             decoder.push(&answer);
-            let refusal = decoder.next().expect("valid").expect("whole");
+            let refusal = decoder.next_frame().expect("valid").expect("whole");
             assert_eq!(refusal.body, Err(Errno::EINVAL));
         }
         assert!(server.greeted.borrow().is_empty());

@@ -502,10 +502,13 @@ impl ServerInstance for FakeServer {
     }
 }
 
+/// A started server: its term, its phase and what tells of changes.
+type Started = (u64, Rc<Cell<ServerPhase>>, Rc<Signal>);
+
 /// Starts fake servers and remembers them.
 #[derive(Default)]
 struct FakeStarter {
-    started: RefCell<Vec<(u64, Rc<Cell<ServerPhase>>, Rc<Signal>)>>,
+    started: RefCell<Vec<Started>>,
 }
 
 impl ServerStarter for FakeStarter {

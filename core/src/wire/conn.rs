@@ -2,7 +2,7 @@
 //! acknowledgements and what happens when the other end is another server.
 //!
 //! It does no I/O. Its owner attaches it to a socket once the greeting succeeded,
-//! takes frames to write from [`Conn::next`], hands frames in with
+//! takes frames to write from [`Conn::next_frame`], hands frames in with
 //! [`Conn::receive`], and detaches it when the socket goes down.
 //!
 //! What can go wrong, and what prevents it:
@@ -242,7 +242,7 @@ impl Conn {
 
     /// The next message for the socket, with its acknowledgement as of now.
     /// `None` if there is none, or no socket.
-    pub fn next(&mut self) -> Option<Frame> {
+    pub fn next_frame(&mut self) -> Option<Frame> {
         if !self.attached {
             return None;
         }

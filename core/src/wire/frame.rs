@@ -141,7 +141,7 @@ impl Decoder {
     ///
     /// # Errors
     /// The first invalid header. The stream is of no use after it.
-    pub fn next(&mut self) -> Result<Option<Frame>, FrameError> {
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
         let Ok((header, _)) = NetHeader::read_from_prefix(&self.bytes) else {
             return Ok(None);
         };

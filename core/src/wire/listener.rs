@@ -494,7 +494,7 @@ async fn next_frame(
     decoder: &mut Decoder,
 ) -> Result<Frame, SocketEnd> {
     loop {
-        if let Some(frame) = decoder.next()? {
+        if let Some(frame) = decoder.next_frame()? {
             return Ok(frame);
         }
         let chunk = reader.read().await?;
@@ -682,7 +682,7 @@ async fn write_loop(
             let mut out = BytesMut::new();
             let mut farewell = false;
             while out.len() < inner.config.write_chunk
-                && let Some(frame) = state.conn.next()
+                && let Some(frame) = state.conn.next_frame()
             {
                 farewell |= frame.cmd == NetCmd::Farewell && frame.response;
                 frame.encode(&mut out);

@@ -21,8 +21,8 @@ fn hex(text: &str) -> Vec<u8> {
 fn decode(bytes: &[u8]) -> Frame {
     let mut decoder = Decoder::default();
     decoder.push(bytes);
-    let frame = decoder.next().expect("valid").expect("whole");
-    assert_eq!(decoder.next(), Ok(None));
+    let frame = decoder.next_frame().expect("valid").expect("whole");
+    assert_eq!(decoder.next_frame(), Ok(None));
     frame
 }
 
@@ -157,13 +157,13 @@ fn a_conversation_numbers_its_messages_as_the_spec_does() {
     assert_eq!(server.greeting_response(), 1);
     server.attach(7);
     let id = client.request(NetCmd::Lock, Bytes::from_static(b"read"));
-    let sent = client.next().expect("to send");
+    let sent = client.next_frame().expect("to send");
     assert_eq!((sent.seq, sent.recv_seq, id), (2, 0, 2));
     let Received::Request { epoch, id, cmd, .. } = server.receive(sent) else {
         panic!("a request")
     };
     assert!(server.respond(epoch, id, cmd, Ok(Bytes::new())));
-    let grant = server.next().expect("to send");
+    let grant = server.next_frame().expect("to send");
     assert_eq!((grant.seq, grant.recv_seq, grant.id), (2, 2, 2));
     assert!(matches!(
         client.receive(grant),
@@ -180,7 +180,7 @@ fn invalid_headers_are_refused_before_the_payload_comes() {
         bytes[at] = value;
         let mut decoder = Decoder::default();
         decoder.push(&bytes);
-        decoder.next().expect_err("invalid")
+        decoder.next_frame().expect_err("invalid")
     };
     assert_eq!(bad(0, 0), FrameError::ZeroSeq);
     assert_eq!(bad(16, 0), FrameError::ZeroId);
@@ -196,9 +196,9 @@ fn invalid_headers_are_refused_before_the_payload_comes() {
     bytes[24..26].copy_from_slice(&1100_u16.to_le_bytes());
     let mut decoder = Decoder::default();
     decoder.push(&bytes);
-    assert_eq!(decoder.next(), Ok(None));
+    assert_eq!(decoder.next_frame(), Ok(None));
     decoder.push(&[7; 1100]);
-    let whole = decoder.next().expect("valid").expect("whole");
+    let whole = decoder.next_frame().expect("valid").expect("whole");
     assert_eq!(whole.body.map(|data| data.len()), Ok(1100));
 }
 
@@ -227,7 +227,7 @@ fn messages_survive_any_chunking() {
         let mut got = Vec::new();
         for chunk in stream.chunks(step) {
             decoder.push(chunk);
-            while let Some(frame) = decoder.next().expect("valid") {
+            while let Some(frame) = decoder.next_frame().expect("valid") {
                 got.push(frame);
             }
         }
@@ -249,7 +249,7 @@ fn garbage_is_an_error_or_a_message() {
             head[at] = entropy.next_u64() as u8;
         }
         decoder.push(&head);
-        let _ = decoder.next();
+        let _ = decoder.next_frame();
     }
 }
 
@@ -332,7 +332,7 @@ impl Pair {
         let conn = [&mut self.client, &mut self.server];
         let [client, server] = conn;
         let conn = if side == 0 { client } else { server };
-        if let Some(frame) = conn.next() {
+        if let Some(frame) = conn.next_frame() {
             pipes[side].bytes.extend(frame.to_bytes());
         }
     }
@@ -345,7 +345,7 @@ impl Pair {
         let chunk: Vec<u8> = pipe.bytes.drain(..n).collect();
         pipe.decoder.push(&chunk);
         let mut frames = Vec::new();
-        while let Some(frame) = pipe.decoder.next().expect("valid") {
+        while let Some(frame) = pipe.decoder.next_frame().expect("valid") {
             frames.push(frame);
         }
         for frame in frames {
@@ -523,12 +523,12 @@ fn the_resend_queue_is_in_seq_order_whatever_was_written() {
     for _ in 0..3 {
         conn.request(NetCmd::Statfs, Bytes::new());
     }
-    let first = conn.next().expect("one").seq;
+    let first = conn.next_frame().expect("one").seq;
     conn.detach();
     conn.request(NetCmd::Statfs, Bytes::new());
     conn.greeting_request();
     conn.attach(1);
-    let resent: Vec<u64> = std::iter::from_fn(|| conn.next()).map(|f| f.seq).collect();
+    let resent: Vec<u64> = std::iter::from_fn(|| conn.next_frame()).map(|f| f.seq).collect();
     assert_eq!(resent, [first, first + 1, first + 2, first + 3]);
 }
 
@@ -548,7 +548,7 @@ fn answers_to_an_old_server_are_dropped() {
     conn.attach(2);
     // Neither the queued one nor the late one reaches the new server, which starts
     // its own numbers again.
-    assert_eq!(conn.next(), None);
+    assert_eq!(conn.next_frame(), None);
     assert!(!conn.respond(epoch, 1, NetCmd::Lock, Ok(Bytes::new())));
     assert!(matches!(conn.receive(ask(1)), Received::Request { .. }));
 }
