@@ -528,7 +528,9 @@ fn the_resend_queue_is_in_seq_order_whatever_was_written() {
     conn.request(NetCmd::Statfs, Bytes::new());
     conn.greeting_request();
     conn.attach(1);
-    let resent: Vec<u64> = std::iter::from_fn(|| conn.next_frame()).map(|f| f.seq).collect();
+    let resent: Vec<u64> = std::iter::from_fn(|| conn.next_frame())
+        .map(|f| f.seq)
+        .collect();
     assert_eq!(resent, [first, first + 1, first + 2, first + 3]);
 }
 

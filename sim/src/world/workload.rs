@@ -60,8 +60,8 @@ impl Table {
     fn any(&self, number: u16) -> Ino {
         let all = self.dirs.len() + self.files.len() + self.others.len();
         let index = usize::from(number) % all;
-        let lists = self.dirs.iter().chain(&self.files).chain(&self.others);
-        *lists.skip(index).next().expect("an index below the number")
+        let mut lists = self.dirs.iter().chain(&self.files).chain(&self.others);
+        *lists.nth(index).expect("an index below the number")
     }
 
     fn special(&self, ino: Ino) -> bool {
