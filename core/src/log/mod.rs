@@ -157,6 +157,8 @@ struct Inner {
     holders: Cell<u32>,
     writing: Cell<bool>,
     triggered: Cell<bool>,
+    /// The commit is durable and the next transaction is being opened.
+    reopening: Cell<bool>,
     commits: Cell<u64>,
     deadline: Cell<Time>,
     /// Anything that a waiter may wait for has changed.
@@ -214,6 +216,7 @@ impl Log {
                 holders: Cell::new(0),
                 writing: Cell::new(true),
                 triggered: Cell::new(false),
+                reopening: Cell::new(false),
                 commits: Cell::new(0),
                 deadline: Cell::new(Time::default()),
                 changed: Signal::default(),
