@@ -33,6 +33,13 @@ impl CmdError {
         )
     }
 
+    /// An ioctl that failed; `what` is the text that scripts compare.
+    pub fn ioctl(what: &str, e: &std::io::Error) -> Self {
+        let errno = Errno(e.raw_os_error().unwrap_or(Errno::EIO.0));
+        let text = strerror(errno);
+        Self::new(errno, format!("{what}: {text} ({})", errno.0))
+    }
+
     /// Prints details and failure line on stderr.
     pub fn report(&self, program: &str, command: &str) {
         if !self.details.is_empty() {

@@ -5,11 +5,13 @@ pub mod change_format_version;
 pub mod change_quorum_config;
 pub mod check;
 pub mod completions;
+pub mod get_fiemap;
 pub mod man;
 pub mod mkfs;
 pub mod mount;
 pub mod prepare_empty_data_device;
 pub mod print;
+pub mod sync;
 pub mod umount;
 pub mod up;
 
@@ -39,6 +41,10 @@ pub enum Command {
     ChangeQuorumConfig(change_quorum_config::Args),
     /// Make an empty data device for an unmounted volume that holds no data
     PrepareEmptyDataDevice(prepare_empty_data_device::Args),
+    /// List the extents of a file
+    GetFiemap(get_fiemap::Args),
+    /// Make a mount's changes durable
+    Sync(sync::Args),
     /// Measure a directory, or two side by side
     Bench(bench::Args),
     /// Print the completion script of a shell
@@ -60,6 +66,8 @@ impl Command {
             Self::ChangeFormatVersion(_) => "change-format-version",
             Self::ChangeQuorumConfig(_) => "change-quorum-config",
             Self::PrepareEmptyDataDevice(_) => "prepare-empty-data-device",
+            Self::GetFiemap(_) => "get-fiemap",
+            Self::Sync(_) => "sync",
             Self::Bench(_) => "bench",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
@@ -78,6 +86,8 @@ impl Command {
             Self::ChangeFormatVersion(args) => done(args.run()),
             Self::ChangeQuorumConfig(args) => done(args.run()),
             Self::PrepareEmptyDataDevice(args) => done(args.run()),
+            Self::GetFiemap(args) => done(args.run()),
+            Self::Sync(args) => done(args.run()),
             Self::Bench(args) => done(bench::run(&args).map_err(|e| CmdError::new(Errno::EIO, e))),
             Self::Completions(args) => done(args.run()),
             Self::Man(args) => done(args.run()),
