@@ -44,7 +44,7 @@ pub use orphan::Counters as OrphanCounters;
 pub use pools::PoolKind;
 pub use rename::RENAME_NOREPLACE;
 
-use crate::env::{BlockDevice, Duration, Env, Gate, LocalBoxFuture, Task, WallTime, probe};
+use crate::env::{BlockDevice, Duration, Env, Gate, LocalBoxFuture, Task, WallTime, mutant, probe};
 use crate::errno::Errno;
 use crate::format::{OpenInoMap, OpenInoMapArgs, ROOT_INO};
 use crate::locks::{Locks, Mode, Scope};
@@ -229,7 +229,10 @@ impl Fs {
         let what = self.kernel_must_forget(ino, new);
         if !what.is_empty() {
             probe("fs.kernel_forgets");
-            self.kernel.invalidate(what).await;
+            // Mutant: breaks spec 12 section 25.
+            if !mutant("kernel_cache_not_invalidated") {
+                self.kernel.invalidate(what).await;
+            }
         }
     }
 

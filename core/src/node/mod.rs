@@ -17,7 +17,7 @@ mod glue;
 
 use crate::block::{self, Cache};
 use crate::client::{Client, ClientConfig};
-use crate::env::{BlockDevice, DeviceError, DeviceRole, Duration, Env, Gate, probe};
+use crate::env::{BlockDevice, DeviceError, DeviceRole, Duration, Env, Gate, mutant, probe};
 use crate::errno::Errno;
 use crate::format::SuperBlock;
 use crate::fs::api::KernelCache;
@@ -280,6 +280,10 @@ impl Mount {
             worker.stop().await;
         }
         self.locks.stop(LockError::Shutdown);
+        // Mutant: breaks the order of spec 08 section 11, commit before farewell.
+        if mutant("farewell_before_commit") {
+            self.client.farewell().await;
+        }
         if let Err(error) = self.log.shutdown().await {
             tracing::error!(%error, "the last commit failed: what was not synced is lost");
         }

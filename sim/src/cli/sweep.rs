@@ -79,7 +79,14 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
                     }
                     let seed = hunt.from + index;
                     let plan = Plan::from_seed(seed, hunt.profile);
-                    let outcome = run_plan(&plan, hunt.mutant, false);
+                    let mut outcome = run_plan(&plan, hunt.mutant, false);
+                    // A seed that fails without the planted bug proves nothing about it.
+                    if hunt.mutant.is_some()
+                        && outcome.failure.is_some()
+                        && run_plan(&plan, None, false).failure.is_some()
+                    {
+                        outcome.failure = None;
+                    }
                     if outcome.failure.is_some() {
                         if hunt.stop_at_first {
                             stop.store(true, Ordering::Relaxed);
