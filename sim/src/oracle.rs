@@ -454,7 +454,10 @@ impl Cut<'_> {
         if self.steps >= BUDGET {
             return None;
         }
-        let kept = |index: usize| done[index] || !records[index].durable;
+        // A call that was answered with an error was promised to nobody, whatever
+        // was made durable after it.
+        let kept =
+            |index: usize| done[index] || !records[index].durable || records[index].is_uncertain();
         if (0..records.len()).all(kept)
             && let Some(state) = self.compare(records, &state, &done)
         {
