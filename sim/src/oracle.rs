@@ -180,17 +180,20 @@ impl Oracle {
                 state
             }
         };
-        let settled = records.iter().all(|r| r.durable || !r.has_effect());
         self.windows.push(Window {
             before: std::mem::replace(&mut self.state, after),
             records,
         });
-        // A state in the past can not come back once all before a later one is durable.
-        if settled {
-            let last = self.windows.len() - 1;
-            self.windows.drain(..last);
-        }
+        self.forget_settled();
         Ok(())
+    }
+
+    /// A state in the past can not come back once everything after it is durable.
+    fn forget_settled(&mut self) {
+        let open = |window: &Window| window.records.iter().any(|r| r.has_effect() && !r.durable);
+        let last = self.windows.len().saturating_sub(1);
+        let settled = self.windows[..last].iter().position(open).unwrap_or(last);
+        self.windows.drain(..settled);
     }
 
     /// The mount died and another one shows `observed`: judges it and goes on from there.

@@ -113,8 +113,8 @@ fn replay(args: &ReplayArgs) -> Result<bool, String> {
         Err(_) => load(Path::new(&args.what))?,
     };
     if let Some(file) = &args.save {
-        let text = serde_json::to_string_pretty(&plan).map_err(|e| e.to_string())?;
-        std::fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))?;
+        let text = serde_json::to_string(&plan).map_err(|e| e.to_string())?;
+        std::fs::write(file, text + "\n").map_err(|e| format!("{}: {e}", file.display()))?;
     }
     let mutant = args.mutant.as_deref().map(mutants::find).transpose()?;
     println!("{}", plan.header());

@@ -120,3 +120,43 @@ fn a_crash_may_lose_a_suffix_but_not_what_was_synced_and_not_a_middle() {
     // Something nobody made.
     start(false).recovered(&after(&[("x", 1030)])).unwrap_err();
 }
+
+#[test]
+fn a_window_of_reads_makes_nothing_durable() {
+    let after = |names: &[(&'static str, Ino)]| {
+        let mut o = oracle();
+        for (name, ino) in names {
+            run(&mut o, create(name), made(*ino), 1, 2);
+        }
+        o.quiet().unwrap();
+        o.state().after_crash()
+    };
+    let start = |sync: bool| {
+        let mut o = oracle();
+        run(&mut o, create("a"), made(1024), 10, 20);
+        o.quiet().unwrap();
+        run(&mut o, create("b"), made(1025), 30, 40);
+        if sync {
+            run(&mut o, Call::Syncfs, Reply::Done, 41, 42);
+        }
+        o.quiet().unwrap();
+        let lookup = Call::Lookup {
+            dir: ROOT,
+            name: Bytes::from_static(b"a"),
+        };
+        for time in [50, 60] {
+            run(&mut o, lookup.clone(), made(1024), time, time + 1);
+            o.quiet().unwrap();
+        }
+        o
+    };
+    let (one, two) = (after(&[("a", 1024)]), after(&[("a", 1024), ("b", 1025)]));
+    for state in [&after(&[]), &one, &two] {
+        start(false).recovered(state).unwrap();
+    }
+    start(true).recovered(&two).unwrap();
+    for state in [&after(&[]), &one] {
+        let lost = start(true).recovered(state).unwrap_err();
+        assert_eq!(lost.kind, "durability");
+    }
+}

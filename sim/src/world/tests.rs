@@ -14,7 +14,7 @@ fn run_reference(seed: u64, mutant: Option<&'static str>) -> Outcome {
 
 /// Open: the judge still finds fault with the right reference here, which clears the product: the judge is at fault, as it may be
 /// with part of the few percent of other seeds that fail (docs/known-failures.md).
-const OPEN: [u64; 4] = [7, 21, 38, 52];
+const OPEN: [u64; 3] = [21, 38, 52];
 
 #[test]
 fn the_right_reference_passes() {
