@@ -99,26 +99,39 @@ impl Server {
         }
     }
 
+    /// Lets those go that may go now. All of them are reclaimed before the first is
+    /// answered: an answer may end the mount that this server lives in, and who leaves
+    /// with it would find no other server.
     async fn let_go(self: &Rc<Self>) -> super::error::Result<()> {
-        let leaving: Vec<u64> = self.farewells.waiting.borrow().keys().copied().collect();
+        // The locks of one whose locks are still awaited would be recovered after it
+        // left, and never go away. Until then it does not count as leaving.
+        let awaited = |rid: &u64| self.recovery.borrow().is_pending(*rid, Kind::Locks);
+        let asking: Vec<u64> = self.farewells.waiting.borrow().keys().copied().collect();
+        let (wait, leaving): (Vec<u64>, Vec<u64>) = asking.into_iter().partition(awaited);
+        if !wait.is_empty() {
+            probe("server.farewell.waits_for_locks");
+        }
         if leaving.is_empty() {
             return Ok(());
         }
         let mounted = self.store.mounted().await?;
         let votes = Slots::of(&self.store.stable().qconf).votes_needed();
-        for rid in may_leave(&leaving, &mounted, votes) {
-            if self.recovery.borrow().is_pending(rid, Kind::Locks) {
-                // Its locks would be recovered after it left, and never go away.
-                probe("server.farewell.waits_for_locks");
-                continue;
-            }
-            self.reclaim(rid).await?;
-            let origin = self.farewells.waiting.borrow_mut().remove(&rid);
+        let go = may_leave(&leaving, &mounted, votes);
+        for rid in &go {
+            self.reclaim(*rid).await?;
+        }
+        if go.len() > 1 {
+            probe("server.farewell.together");
+        }
+        for rid in &go {
+            let origin = self.farewells.waiting.borrow_mut().remove(rid);
             if let (Some(origin), Some(peers)) = (origin, self.peers()) {
                 // A client that is not there finds its item gone.
                 let _ = peers.respond(&origin, Ok(Bytes::new()));
             }
-            // Those that waited for it may go now.
+        }
+        if !go.is_empty() {
+            // Those that waited for them may go now.
             self.farewells.kick();
         }
         Ok(())

@@ -24,9 +24,16 @@ fn addr(port: u16) -> SocketAddrV4 {
 
 /// A fresh volume with one quorum slot: 512 MiB of metadata, 1 GiB of data.
 fn volume(seed: u64) -> TestWorld {
+    volume_of(seed, 1)
+}
+
+/// A fresh volume with quorum slots 0 to `slots - 1`.
+fn volume_of(seed: u64, slots: u64) -> TestWorld {
     let world = TestWorld::new(seed, 512 * MIB, 1024 * MIB);
     let options = MkfsOptions {
-        slots: vec![(0, addr(19700))],
+        slots: (0..slots)
+            .map(|slot| (slot, addr(19700 + slot as u16)))
+            .collect(),
         allow_small: true,
         fsid: Some(FSID),
         ..MkfsOptions::default()

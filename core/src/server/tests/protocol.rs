@@ -1,7 +1,7 @@
 //! Greetings, recovery, farewells and fences, with clients that only count what
 //! they are sent.
 
-use super::{FSID, addr, block_policy, open, volume};
+use super::{FSID, addr, block_policy, open, volume, volume_of};
 use crate::env::testing::TestWorld;
 use crate::env::{Duration, Env, LocalBoxFuture};
 use crate::errno::Errno;
@@ -56,12 +56,19 @@ struct Wire {
     requests: RefCell<Vec<(u64, NetCmd, Bytes)>>,
     broken: RefCell<Vec<u64>>,
     ids: Cell<u64>,
+    /// Called with each answer.
+    watch: RefCell<Option<Watch>>,
 }
+
+type Watch = Rc<dyn Fn(&Origin)>;
 
 impl Peers for Wire {
     fn respond(&self, to: &Origin, body: Result<Bytes, Errno>) -> Result<(), NotConnected> {
         if !self.connected.borrow().contains(&to.rid) {
             return Err(NotConnected { rid: to.rid });
+        }
+        if let Some(watch) = &*self.watch.borrow() {
+            watch(to);
         }
         self.answers.borrow_mut().push((*to, body));
         Ok(())
@@ -408,6 +415,70 @@ fn a_failed_fence_stops_the_server() {
         assert!(server.agent.asked.lock().unwrap().len() == 1);
     });
     assert_eq!(super::census::census(&world.meta).unwrap().mounted, [5]);
+}
+
+#[test]
+fn the_last_majority_is_gone_from_the_record_before_one_of_it_is_answered() {
+    let world = volume_of(7, 3);
+    world.block_on(async {
+        let server = Instance::start(&world, false).await;
+        for rid in [5, 6, 77] {
+            server.greet(rid, 0, false).await.unwrap();
+        }
+        let first = server.ask(5, NetCmd::Farewell, &[]);
+        let second = server.ask(6, NetCmd::Farewell, &[]);
+        world.env().sleep(Duration::from_secs(1)).await;
+        assert!(server.answer_to(&first).is_none(), "a mount is left");
+        let store = Rc::downgrade(&server.server);
+        let answered = Rc::new(Cell::new(0));
+        let seen = answered.clone();
+        *server.wire.watch.borrow_mut() = Some(Rc::new(move |to: &Origin| {
+            let server = store.upgrade().expect("it answers");
+            let left = server.store.stable().mounted_clients;
+            // Whoever is answered may be the mount of this very server, which ends now.
+            if to.rid < 10 {
+                assert!(left.block_ref.is_null(), "{} was answered first", to.rid);
+                seen.set(seen.get() + 1);
+            }
+        }));
+        server
+            .call(&world, 77, NetCmd::Farewell, &[])
+            .await
+            .unwrap();
+        while answered.get() < 2 {
+            world.env().sleep(Duration::from_millis(1)).await;
+        }
+        server.server.stop().await;
+    });
+    let seen = super::census::census(&world.meta).unwrap();
+    assert!(seen.mounted.is_empty());
+}
+
+#[test]
+fn the_last_majority_waits_for_one_of_it_whose_locks_are_awaited() {
+    let world = volume_of(8, 3);
+    world.block_on(async {
+        let before = Instance::start(&world, false).await;
+        for rid in [5, 6] {
+            before.greet(rid, 0, false).await.unwrap();
+        }
+        before.server.stop().await;
+        let server = Instance::start(&world, false).await;
+        for rid in [5, 6] {
+            server.greet(rid, TERM - 1, true).await.unwrap();
+        }
+        server.tell_locks(5, &[]).unwrap();
+        let first = server.ask(5, NetCmd::Farewell, &[]);
+        let second = server.ask(6, NetCmd::Farewell, &[]);
+        world.env().sleep(Duration::from_secs(1)).await;
+        assert!(server.answer_to(&first).is_none(), "6 would be left alone");
+        server.tell_locks(6, &[]).unwrap();
+        while server.answer_to(&second).is_none() {
+            world.env().sleep(Duration::from_millis(1)).await;
+        }
+        assert!(server.answer_to(&first).is_some());
+        server.server.stop().await;
+    });
 }
 
 #[test]
