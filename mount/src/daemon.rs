@@ -12,20 +12,23 @@
 //! daemon holds a lock on its run file until its very end, and the umount helpers
 //! wait for that lock.
 
+use crate::asking::Asking;
 use crate::fence::{AssumeDead, LocalAgent, Registry};
 use crate::kernel::{self, KernelError, KernelOptions, Unmount};
 use crate::notify::Notifier;
 use crate::options::{FenceChoice, MountOptions};
+use crate::rundir::{self, Facts, RunDir};
 use crate::session::{Ended, Session, SessionOptions};
 use outrider_core::env::{DeviceRole, Duration, Either, Env, Gate, race};
 use outrider_core::errno::Errno;
 use outrider_core::node::{Mount, MountError};
 use outrider_core::server::FenceAgent;
-use outrider_core::volume::{VolumeError, read_mount_supers};
+use outrider_core::volume::{MountSupers, VolumeError, read_mount_supers};
 use outrider_disk::lock::try_lock_file;
 use outrider_disk::{IoConfig, Reactor, Runtime, RuntimeConfig, VolumeFiles};
 use outrider_net::NetThread;
 use rustix::fd::OwnedFd;
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::FromRawFd;
@@ -39,6 +42,9 @@ use thiserror::Error;
 const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 /// How long users of a detached mount may go on.
 const DETACHED_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Time between two looks at what the runtime directory shows.
+const SHOW_PERIOD: Duration = Duration::from_millis(200);
 
 /// What to mount where.
 #[derive(Clone, Debug)]
@@ -107,13 +113,7 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
 /// # Errors
 /// If the directory of run files cannot be made.
 pub fn run_file(mountpoint: &Path) -> io::Result<PathBuf> {
-    let dir = match std::env::var_os("XDG_RUNTIME_DIR") {
-        _ if kernel::is_root() => PathBuf::from("/run/outrider"),
-        Some(dir) => PathBuf::from(dir).join("outrider"),
-        None => {
-            std::env::temp_dir().join(format!("outrider-{}", rustix::process::getuid().as_raw()))
-        }
-    };
+    let dir = rundir::default_base();
     fs::create_dir_all(&dir)?;
     let name: String = full_path(mountpoint)
         .as_os_str()
@@ -226,15 +226,15 @@ async fn serve(
     ready: impl FnOnce(),
 ) -> Result<(), DaemonError> {
     let options = &config.options;
-    let fsid = read_fsid(&env).await?;
+    let supers = read_supers(&env).await?;
+    let fsid = supers.meta.hdr.fsid.get();
     let registry = Registry::open().map_err(system("registry of mounts"))?;
     let registered = registry
         .register(fsid, rid, &options.metadev_path, &config.data)
         .map_err(system("registry of mounts"))?;
-    let fence: Arc<dyn FenceAgent> = match options.fence {
-        FenceChoice::Local => Arc::new(LocalAgent::new(registry, fsid)),
-        FenceChoice::AssumeDead => Arc::new(AssumeDead),
-    };
+    let shown = Rc::new(RefCell::new(make_run_dir(config, rid, &supers)?));
+    let fence_dir = shown.borrow().as_ref().map(RunDir::fence_dir);
+    let fence = fence_agent(options.fence, registry, fsid, fence_dir);
     let notifier = Rc::new(Notifier::new().map_err(system("notifier thread"))?);
     let give_up = Gate::default();
     let mounting = Mount::start(
@@ -249,8 +249,9 @@ async fn serve(
         // The process ends: what waits with it is gone, as after a crash.
         Either::Right(()) => return Err(MountError::GivenUp.into()),
     };
+    show_state(&env, &mount, &shown);
     let served = serve_kernel(&env, config, &mount, &notifier, &signals, ready).await;
-    match served {
+    let ended = match served {
         Ok(Ended::Unmounted) => {
             mount.unmount().await;
             registered.unregister();
@@ -266,18 +267,92 @@ async fn serve(
             registered.unregister();
             Err(error)
         }
+    };
+    shown.take();
+    ended
+}
+
+/// Makes the runtime directory. Without one a mount does its work all the same, unless
+/// fencing needs it or it was asked for by name.
+fn make_run_dir(
+    config: &DaemonConfig,
+    rid: u64,
+    supers: &MountSupers,
+) -> Result<Option<RunDir>, DaemonError> {
+    let options = &config.options;
+    let base = options.run_dir.clone().unwrap_or_else(rundir::default_base);
+    let facts = Facts {
+        fsid: supers.meta.hdr.fsid.get(),
+        rid,
+        format_version: supers.meta.fmt_vers.get(),
+        data: &config.data,
+        mountpoint: &config.mountpoint,
+        options,
+    };
+    match RunDir::create(&base, &facts) {
+        Ok(dir) => Ok(Some(dir)),
+        Err(source) if options.run_dir.is_some() || options.fence == FenceChoice::Agent => {
+            Err(system("runtime directory")(source))
+        }
+        Err(error) => {
+            tracing::warn!(%error, "there is no runtime directory");
+            Ok(None)
+        }
     }
 }
 
-async fn read_fsid(env: &Env) -> Result<u64, DaemonError> {
+/// Who fences, should this mount lead.
+fn fence_agent(
+    choice: FenceChoice,
+    registry: Registry,
+    fsid: u64,
+    dir: Option<PathBuf>,
+) -> Arc<dyn FenceAgent> {
+    let own: Option<Arc<dyn FenceAgent>> = match choice {
+        FenceChoice::Local => Some(Arc::new(LocalAgent::new(registry, fsid))),
+        FenceChoice::Agent => None,
+        FenceChoice::AssumeDead => Some(Arc::new(AssumeDead)),
+    };
+    match (dir, own) {
+        (None, Some(own)) => own,
+        // Without a directory the choice was refused before.
+        (dir, own) => Arc::new(Asking::new(dir.unwrap_or_default(), own)),
+    }
+}
+
+/// Keeps the runtime directory up to date, until it is taken away.
+fn show_state(env: &Env, mount: &Rc<Mount>, shown: &Rc<RefCell<Option<RunDir>>>) {
+    let (ticks, mount, shown) = (env.clone(), Rc::downgrade(mount), shown.clone());
+    env.spawn("rundir", async move {
+        while let Some(mount) = mount.upgrade() {
+            match shown.borrow_mut().as_mut() {
+                Some(dir) => show_once(dir, &mount, &ticks),
+                None => return,
+            }
+            drop(mount);
+            ticks.sleep(SHOW_PERIOD).await;
+        }
+    });
+}
+
+fn show_once(dir: &mut RunDir, mount: &Mount, env: &Env) {
+    if let Some(status) = mount.quorum_status() {
+        dir.show_quorum(&status, env.clock.now());
+    }
+    if let Some(ms) = dir.asked_heartbeat() {
+        tracing::info!(ms, "quorum_heartbeat_timeout_ms was changed");
+        mount.set_heartbeat_timeout(Duration::from_millis(ms));
+    }
+}
+
+async fn read_supers(env: &Env) -> Result<MountSupers, DaemonError> {
     let open = |role| {
         env.devices
             .open(role)
             .map_err(|source| MountError::Device { role, source })
     };
     let (meta, data) = (open(DeviceRole::Meta)?, open(DeviceRole::Data)?);
-    let supers = read_mount_supers(&*meta, &*data, &*env.clock).await?;
-    Ok(supers.meta.hdr.fsid.get())
+    Ok(read_mount_supers(&*meta, &*data, &*env.clock).await?)
 }
 
 async fn serve_kernel(

@@ -1,9 +1,9 @@
 //! Making dead mounts really dead on one host (spec 09 section 9): what each
-//! mount leaves on record here, and two agents that judge by it.
+//! mount leaves on record here, and agents that judge by it.
 //!
 //! * [`LocalAgent`] *proves* that a mount's process is gone: the host was booted
 //!   since, or the process ended and the kernel has closed its devices, requests in
-//!   flight included.
+//!   flight included. One that still runs (hung, stopped, or cut off) is killed first.
 //! * [`AssumeDead`] takes the operator's word for volumes whose mounts cannot exist
 //!   any more.
 //!
@@ -158,7 +158,8 @@ fn boot_id() -> io::Result<String> {
         .to_owned())
 }
 
-/// When a process started, in clock ticks since boot; `None` if there is none.
+/// When a process started, in clock ticks since boot; `None` if there is none, or
+/// it has ended and only its parent has not asked yet how.
 fn start_time_of(pid: u32) -> io::Result<Option<u64>> {
     let stat = match fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) => stat,
@@ -169,6 +170,9 @@ fn start_time_of(pid: u32) -> io::Result<Option<u64>> {
     };
     // The name in parentheses may hold anything; field 22 is the 20th after it.
     let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    if rest.starts_with(['Z', 'X']) {
+        return Ok(None);
+    }
     let field = rest.split(' ').nth(19).and_then(|text| text.parse().ok());
     field
         .map(Some)
@@ -213,8 +217,83 @@ fn judge(record: &Record, rid: u64) -> io::Result<Verdict> {
     ))
 }
 
-/// Proves that a mount's process on this host is gone.
-#[derive(Debug)]
+/// Kills the process of a mount, if it still is that process: a pid alone may have
+/// been given to another one since. Returns whether there was one to kill.
+///
+/// # Errors
+/// What the system says, as for a process of another user; or that the mount is in
+/// this very process.
+fn kill(record: &Record) -> io::Result<bool> {
+    use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+    if record.boot_id != boot_id()? {
+        return Ok(false);
+    }
+    let Some(pid) = i32::try_from(record.pid).ok().and_then(Pid::from_raw) else {
+        return Err(io::Error::other(format!("{} is no pid", record.pid)));
+    };
+    let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(rustix::io::Errno::SRCH) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    // The descriptor is of the process that had the pid when it was opened; if it
+    // still has it now and started when the record says, it is the mount's.
+    if start_time_of(record.pid)? != Some(record.start_time) {
+        return Ok(false);
+    }
+    if record.pid == std::process::id() {
+        return Err(io::Error::other("it runs in the process that asks"));
+    }
+    match pidfd_send_signal(&pidfd, Signal::KILL) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::SRCH) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// How far the fence of a mount on this host is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It can never write again; why that is sure.
+    Fenced(&'static str),
+    /// It was killed, or ends, and is still there; what is seen of it.
+    Waiting(String),
+}
+
+/// One step of fencing mount `rid` on this host: kill it if it runs, and look whether
+/// it is gone. To be repeated while it is waited for; `first` is for the log.
+///
+/// # Errors
+/// There is no record of it here, so nothing can be proved; or it can not be killed.
+pub fn fence_here(
+    registry: &Registry,
+    fsid: u64,
+    rid: u64,
+    first: bool,
+) -> Result<Progress, String> {
+    let text = |e: io::Error| e.to_string();
+    let Some(record) = registry.find(fsid, rid).map_err(text)? else {
+        return Err(
+            "there is no record of it on this host, so it may run on another; \
+             if it cannot exist any more, mount with -o fence=assume-dead"
+                .to_owned(),
+        );
+    };
+    match judge(&record, rid).map_err(text)? {
+        // The record stays: a server that dies before it reclaimed the mount leaves
+        // the same question to the next one.
+        Verdict::Gone(why) => Ok(Progress::Fenced(why)),
+        Verdict::Alive(why) => {
+            if kill(&record).map_err(|e| format!("{why}: {e}"))? && first {
+                tracing::warn!(rid = format_args!("{rid:016x}"), why, "killed a mount");
+            }
+            Ok(Progress::Waiting(why))
+        }
+    }
+}
+
+/// Makes sure that a mount's process on this host is gone, and proves it.
+#[derive(Clone, Debug)]
 pub struct LocalAgent {
     registry: Registry,
     fsid: u64,
@@ -226,34 +305,14 @@ impl LocalAgent {
         Self { registry, fsid }
     }
 
-    async fn prove(registry: Registry, fsid: u64, env: Env, rid: u64) -> Result<(), FenceError> {
+    async fn prove(self, env: Env, rid: u64) -> Result<(), FenceError> {
         let failed = |detail: String| FenceError::Failed { rid, detail };
         for poll in 0..PATIENCE_POLLS {
-            let record = registry
-                .find(fsid, rid)
-                .map_err(|e| failed(e.to_string()))?;
-            let Some(record) = record else {
-                return Err(failed(
-                    "there is no record of it on this host, so it may run on another; \
-                     if it cannot exist any more, mount with -o fence=assume-dead"
-                        .to_owned(),
-                ));
-            };
-            match judge(&record, rid).map_err(|e| failed(e.to_string()))? {
-                Verdict::Gone(why) => {
-                    tracing::info!(rid = format_args!("{rid:016x}"), why, "mount is fenced");
-                    // The record stays: a server that dies before it reclaimed the
-                    // mount leaves the same question to the next one.
-                    return Ok(());
-                }
-                Verdict::Alive(why) if poll % 50 == 0 => {
-                    tracing::warn!(
-                        rid = format_args!("{rid:016x}"),
-                        why,
-                        "waiting for a mount to end"
-                    );
-                }
-                Verdict::Alive(_) => {}
+            if let Progress::Fenced(why) =
+                fence_here(&self.registry, self.fsid, rid, poll == 0).map_err(failed)?
+            {
+                tracing::info!(rid = format_args!("{rid:016x}"), why, "mount is fenced");
+                return Ok(());
             }
             env.sleep(POLL).await;
         }
@@ -267,12 +326,7 @@ impl FenceAgent for LocalAgent {
         env: &Env,
         request: FenceRequest,
     ) -> LocalBoxFuture<'static, Result<(), FenceError>> {
-        Box::pin(Self::prove(
-            self.registry.clone(),
-            self.fsid,
-            env.clone(),
-            request.rid,
-        ))
+        Box::pin(self.clone().prove(env.clone(), request.rid))
     }
 }
 
@@ -325,6 +379,33 @@ mod tests {
         assert!(matches!(judge(&record, 2).unwrap(), Verdict::Alive(_)));
         drop(held);
         assert!(matches!(judge(&record, 2).unwrap(), Verdict::Gone(_)));
+    }
+
+    #[test]
+    fn a_stopped_process_is_killed_and_one_with_its_pid_only_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, mut record, _) = registered(dir.path());
+        assert!(kill(&record).is_err(), "not the asker itself");
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        record.pid = child.id();
+        let started = start_time_of(record.pid).unwrap().unwrap();
+        record.start_time = started + 1;
+        assert!(!kill(&record).unwrap());
+        assert!(child.try_wait().unwrap().is_none(), "another process lives");
+        record.start_time = started;
+        // SAFETY: a signal to our own child, which was not waited for.
+        unsafe { libc::kill(child.id() as i32, libc::SIGSTOP) };
+        assert!(kill(&record).unwrap());
+        // Ended, though nobody has waited for it.
+        while start_time_of(record.pid).unwrap().is_some() {
+            std::thread::yield_now();
+        }
+        assert!(!kill(&record).unwrap());
+        assert!(matches!(judge(&record, 2).unwrap(), Verdict::Gone(_)));
+        child.wait().unwrap();
     }
 
     #[test]

@@ -5,7 +5,9 @@
 //! * [`notify`] tells the kernel what to forget;
 //! * [`kernel`] makes and ends the mount;
 //! * [`options`] are what a mount is told;
-//! * [`fence`] records mounts on this host and proves that one is gone.
+//! * [`fence`] records mounts on this host, kills one and proves that it is gone;
+//! * [`asking`] shows fence requests to agents outside;
+//! * [`rundir`] is what the original shows in sysfs.
 //!
 //! What can go wrong is told at the head of each.
 
@@ -17,6 +19,7 @@
 )]
 
 pub mod abi;
+pub mod asking;
 pub mod daemon;
 pub mod fence;
 pub mod ioctl;
@@ -25,6 +28,7 @@ pub mod notify;
 pub mod options;
 pub mod reply;
 pub mod request;
+pub mod rundir;
 mod serve;
 pub mod session;
 

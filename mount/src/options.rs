@@ -25,12 +25,16 @@ pub enum OptionError {
     NoMetadev,
 }
 
-/// Who fences, on the operator's choice.
+/// Who fences, on the operator's choice. Requests are shown in the runtime directory
+/// in any case, and an agent outside may answer them first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FenceChoice {
-    /// Proof by this host's records.
+    /// Kill and proof by this host's records; for mounts that are not on record here
+    /// the agent outside is waited for.
     #[default]
     Local,
+    /// Only the agent outside, as with the original.
+    Agent,
     /// The operator's word.
     AssumeDead,
 }
@@ -60,8 +64,10 @@ pub struct MountOptions {
     pub heartbeat_timeout: Duration,
     /// `tcp_keepalive_timeout_ms`.
     pub keepalive: Duration,
-    /// `fence=local` or `fence=assume-dead`; ours.
+    /// `fence=local`, `fence=agent` or `fence=assume-dead`; ours.
     pub fence: FenceChoice,
+    /// `run_dir`: where the runtime directory is made; ours.
+    pub run_dir: Option<PathBuf>,
     /// `ro`.
     pub read_only: bool,
     /// `allow_other`: other users than the daemon's may use the mount.
@@ -85,12 +91,16 @@ impl Default for MountOptions {
             heartbeat_timeout: Duration::from_millis(10_000),
             keepalive: Duration::from_millis(24_000),
             fence: FenceChoice::Local,
+            run_dir: None,
             read_only: false,
             allow_other: false,
             flags: Vec::new(),
         }
     }
 }
+
+/// Range of `quorum_heartbeat_timeout_ms`.
+const HEARTBEAT_MS: (u64, u64) = (2000, 60_000);
 
 /// Options that go to mount(2) or mean nothing to a daemon.
 const PASSED: [&str; 20] = [
@@ -148,6 +158,12 @@ impl MountOptions {
             ("metadev_path", Some(path)) if !path.is_empty() => {
                 self.metadev_path = PathBuf::from(path);
             }
+            ("run_dir", Some(path)) if path.starts_with('/') => {
+                self.run_dir = Some(PathBuf::from(path));
+            }
+            ("run_dir", _) => {
+                return Err(OptionError::Value(name.into(), "is a full path".into()));
+            }
             ("quorum_slot_nr", _) => {
                 if self.quorum_slot.is_some() {
                     return Err(OptionError::Twice("quorum_slot_nr"));
@@ -175,14 +191,18 @@ impl MountOptions {
                 }
                 self.orphan_scan_delay = ms(100, 60_000)?;
             }
-            ("quorum_heartbeat_timeout_ms", _) => self.heartbeat_timeout = ms(2000, 60_000)?,
+            ("quorum_heartbeat_timeout_ms", _) => {
+                let (low, high) = HEARTBEAT_MS;
+                self.heartbeat_timeout = ms(low, high)?;
+            }
             ("tcp_keepalive_timeout_ms", _) => self.keepalive = ms(3001, u64::from(u32::MAX))?,
             ("fence", Some("local")) => self.fence = FenceChoice::Local,
+            ("fence", Some("agent")) => self.fence = FenceChoice::Agent,
             ("fence", Some("assume-dead")) => self.fence = FenceChoice::AssumeDead,
             ("fence", _) => {
                 return Err(OptionError::Value(
                     name.into(),
-                    "is local or assume-dead".into(),
+                    "is local, agent or assume-dead".into(),
                 ));
             }
             ("ro", None) => self.read_only = true,
@@ -195,6 +215,15 @@ impl MountOptions {
             _ => return Err(OptionError::Unknown(name.to_owned())),
         }
         Ok(())
+    }
+
+    /// A `quorum_heartbeat_timeout_ms`, as it is written while mounted.
+    ///
+    /// # Errors
+    /// If it is no number, or not allowed.
+    pub fn parse_heartbeat(text: &str) -> Result<u64, OptionError> {
+        let (low, high) = HEARTBEAT_MS;
+        number("quorum_heartbeat_timeout_ms", Some(text), low, high)
     }
 
     /// What the mount is told.
@@ -272,6 +301,7 @@ mod tests {
             ("metadev_path=x,data_prealloc_blocks=ten", "ten"),
             ("metadev_path=x,acl=1", "acl"),
             ("metadev_path=x,fence=maybe", "fence"),
+            ("metadev_path=x,run_dir=here", "run_dir"),
         ] {
             let error = MountOptions::parse(text).unwrap_err();
             assert!(error.to_string().contains(named), "{text}: {error}");

@@ -342,6 +342,13 @@ impl Mount {
         &self.supers
     }
 
+    /// Changes the option `quorum_heartbeat_timeout_ms`; nothing for plain clients.
+    pub fn set_heartbeat_timeout(&self, timeout: Duration) {
+        if let Some(agent) = &self.agent {
+            agent.set_heartbeat_timeout(timeout);
+        }
+    }
+
     /// The quorum agent's status, of members.
     pub fn quorum_status(&self) -> Option<quorum::AgentStatus> {
         self.agent.as_ref().map(AgentHandle::status)

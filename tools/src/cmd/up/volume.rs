@@ -1,0 +1,194 @@
+//! The volume of `outrider up`: two sparse files, and as many quorum slots as the
+//! number of mounts needs.
+//!
+//! What can go wrong: slots that do not fit. One mount alone can never win an
+//! election among three slots, so the slots of a cleanly unmounted volume are
+//! changed to fit; those of a volume in use, or that was not unmounted cleanly, are
+//! the word of its last mounts and stay.
+
+use crate::block_on::{SystemEntropy, block_on, wall_now};
+use crate::error::CmdError;
+use crate::filedev::{Access, FileDevice};
+use outrider_core::env::{DeviceRole, Entropy};
+use outrider_core::errno::Errno;
+use outrider_core::format::FORMAT_VERSION_MAX;
+use outrider_core::quorum::Slots;
+use outrider_core::volume::{self, MIN_DEVICE_BYTES, MkfsOptions};
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
+use std::path::{Path, PathBuf};
+
+/// Quorum members among many mounts: enough to lose one.
+const MEMBERS: usize = 3;
+/// Where the search for free ports begins, by chance so that volumes made at the same
+/// time do not choose the same: below the ports that the system gives to outgoing
+/// connections, which would come and go.
+const FIRST_PORTS: std::ops::Range<u16> = 17_000..30_000;
+
+/// Makes the volume if it is not there, and fits its slots to `nodes` mounts.
+/// Returns how many of them are quorum members: those of the lowest numbers.
+pub fn settle(dir: &Path, nodes: usize, port: Option<u16>) -> Result<usize, CmdError> {
+    let (meta, data) = (dir.join("meta"), dir.join("data"));
+    let wanted = nodes.min(MEMBERS);
+    if !meta.exists() || !data.exists() {
+        make(&meta, &data, &free_slots(wanted, port)?)?;
+        return Ok(wanted);
+    }
+    fit(&meta, nodes, wanted, port)
+}
+
+fn fit(meta: &Path, nodes: usize, wanted: usize, port: Option<u16>) -> Result<usize, CmdError> {
+    let device = FileDevice::open(meta, Access::Exclusive)?;
+    let sup = block_on(volume::read_super(&device, DeviceRole::Meta, None))?;
+    let present: Vec<(usize, SocketAddrV4)> = sup.qconf.present().collect();
+    let numbers = present.iter().map(|(slot, _)| *slot);
+    let fits = numbers.clone().eq(0..wanted);
+    if fits && port.is_none() && present.iter().all(|(_, addr)| is_free(*addr)) {
+        return Ok(wanted);
+    }
+    match block_on(volume::check_not_in_use(&device, &sup)) {
+        Ok(()) => {
+            block_on(volume::change_quorum_config(
+                &device,
+                &free_slots(wanted, port)?,
+            ))?;
+            Ok(wanted)
+        }
+        // Its ports may be taken by mounts that still run here; they will say so.
+        Err(_) if fits => Ok(wanted),
+        Err(why) => {
+            let members = numbers.clone().max().map_or(0, |last| last + 1);
+            let votes = Slots::of(&sup.qconf).votes_needed();
+            if numbers.filter(|slot| *slot < nodes).count() < votes {
+                return Err(CmdError::new(
+                    Errno::EBUSY,
+                    format!(
+                        "the volume has {} quorum slots and is in use or was not unmounted \
+                         cleanly ({why}); if nobody uses it run `outrider up --nodes {members}` once",
+                        present.len()
+                    ),
+                ));
+            }
+            Ok(members.min(nodes))
+        }
+    }
+}
+
+/// Makes the files under other names first, so that a half-made volume is never
+/// taken for a volume.
+fn make(meta: &Path, data: &Path, slots: &[(u64, SocketAddrV4)]) -> Result<(), CmdError> {
+    let sparse = |path: &Path| -> Result<PathBuf, CmdError> {
+        let path = path.with_extension("new");
+        let file = File::create(&path).map_err(|e| CmdError::io("create", &path, &e))?;
+        file.set_len(MIN_DEVICE_BYTES)
+            .map_err(|e| CmdError::io("extend", &path, &e))?;
+        Ok(path)
+    };
+    let (new_meta, new_data) = (sparse(meta)?, sparse(data)?);
+    let options = MkfsOptions {
+        fmt_vers: FORMAT_VERSION_MAX,
+        slots: slots.to_vec(),
+        data_alloc_zone_blocks: None,
+        max_meta_bytes: None,
+        max_data_bytes: None,
+        allow_small: false,
+        fsid: None,
+        uuid: None,
+    };
+    let entropy = entropy()?;
+    {
+        let meta_device = FileDevice::open(&new_meta, Access::Exclusive)?;
+        let data_device = FileDevice::open(&new_data, Access::Exclusive)?;
+        let made = volume::mkfs(&meta_device, &data_device, &entropy, wall_now(), &options);
+        block_on(made)?;
+    }
+    for (from, to) in [(&new_data, data), (&new_meta, meta)] {
+        fs::rename(from, to).map_err(|e| CmdError::io("rename", from, &e))?;
+    }
+    Ok(())
+}
+
+fn entropy() -> Result<SystemEntropy, CmdError> {
+    SystemEntropy::new().map_err(|e| CmdError::new(Errno::EIO, format!("random numbers: {e}")))
+}
+
+/// Whether both sockets of a quorum slot could be bound now.
+fn is_free(addr: SocketAddrV4) -> bool {
+    UdpSocket::bind(addr).is_ok() && TcpListener::bind(addr).is_ok()
+}
+
+/// Slots 0 to `count - 1` at 127.0.0.1, 127.0.0.2 and so on, each with a port that
+/// nobody uses now: an address of its own lets a firewall cut off one mount.
+fn free_slots(count: usize, port: Option<u16>) -> Result<Vec<(u64, SocketAddrV4)>, CmdError> {
+    let chosen = || -> Result<u16, CmdError> {
+        let random = entropy()?.next_u64() % FIRST_PORTS.len() as u64;
+        Ok(FIRST_PORTS.start + random as u16)
+    };
+    let mut ports = port.map_or_else(chosen, Ok)?..u16::MAX;
+    (0..count)
+        .map(|slot| {
+            let host = Ipv4Addr::new(127, 0, 0, 1 + slot as u8);
+            let port = ports.find(|port| is_free(SocketAddrV4::new(host, *port)));
+            let port = port.ok_or_else(|| {
+                CmdError::new(Errno(libc::EADDRINUSE), format!("no free port on {host}"))
+            })?;
+            Ok((slot as u64, SocketAddrV4::new(host, port)))
+        })
+        .collect()
+}
+
+/// Who leads by the quorum blocks, which is by slot and so by number: the slot and
+/// the term. `None` while nobody does, or nothing can be read.
+pub fn leader(meta: &Path) -> Option<(usize, u64)> {
+    use outrider_core::format::QuorumEventKind::{Elect, Fence, Stop};
+    let device = FileDevice::open(meta, Access::Read).ok()?;
+    let sup = block_on(volume::read_super(&device, DeviceRole::Meta, None)).ok()?;
+    let fsid = sup.hdr.fsid.get();
+    let leads = |(slot, _)| {
+        let block = block_on(volume::read_quorum_block(&device, fsid, slot)).ok()?;
+        let term = |kind| block.event(kind).term.get();
+        // The server is up, and was not stopped since.
+        (term(Fence) == term(Elect) && term(Elect) > term(Stop)).then(|| (slot, term(Elect)))
+    };
+    let leaders = sup.qconf.present().filter_map(leads);
+    leaders.max_by_key(|(_, term)| *term)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slots(meta: &Path) -> Vec<SocketAddrV4> {
+        let device = FileDevice::open(meta, Access::Read).unwrap();
+        let sup = block_on(volume::read_super(&device, DeviceRole::Meta, None)).unwrap();
+        sup.qconf.present().map(|(_, addr)| addr).collect()
+    }
+
+    #[test]
+    fn a_clean_volume_gets_as_many_slots_as_fit_and_keeps_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let meta = dir.path().join("meta");
+        assert_eq!(settle(dir.path(), 5, Some(21_210)).unwrap(), 3);
+        let first = slots(&meta);
+        assert_eq!(first.len(), 3);
+        assert!(first.iter().all(|addr| addr.ip().is_loopback()));
+        assert_eq!(settle(dir.path(), 4, None).unwrap(), 3);
+        assert_eq!(slots(&meta), first, "addresses are remembered");
+        assert_eq!(settle(dir.path(), 1, None).unwrap(), 1);
+        assert_eq!(slots(&meta).len(), 1);
+        assert_eq!(leader(&meta), None);
+    }
+
+    #[test]
+    fn a_taken_port_is_replaced_on_a_clean_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let meta = dir.path().join("meta");
+        settle(dir.path(), 2, Some(21_230)).unwrap();
+        let before = slots(&meta);
+        let _taken = TcpListener::bind(before[1]).unwrap();
+        settle(dir.path(), 2, None).unwrap();
+        let after = slots(&meta);
+        assert_ne!(after[1], before[1]);
+        assert_eq!(after.len(), 2);
+    }
+}

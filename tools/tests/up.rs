@@ -1,0 +1,205 @@
+//! `outrider up --nodes`: a cluster on one machine, as a newcomer uses it.
+//!
+//! Needs root (or fusermount3) and `/dev/fuse`; without them the tests say so and pass.
+
+#![allow(
+    clippy::disallowed_types,
+    clippy::disallowed_methods,
+    clippy::disallowed_macros,
+    missing_docs
+)]
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+struct Up {
+    child: Child,
+    lines: Receiver<String>,
+    seen: Vec<String>,
+    dir: PathBuf,
+}
+
+fn outrider() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_outrider"));
+    command.env("OUTRIDER_STATE_DIR", state_dir());
+    command
+}
+
+fn state_dir() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("up-state")
+}
+
+fn can_mount() -> bool {
+    let can = Path::new("/dev/fuse").exists()
+        && (rustix::process::geteuid().is_root() || Path::new("/usr/bin/fusermount3").exists());
+    if !can {
+        eprintln!("skipped: needs /dev/fuse, and root or fusermount3");
+    }
+    can
+}
+
+impl Up {
+    fn start(dir: &Path, args: &[&str]) -> Self {
+        let mut child = outrider()
+            .arg("up")
+            .args(args)
+            .arg(dir)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let (send, lines) = channel();
+        std::thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                eprintln!("up: {line}");
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self {
+            child,
+            lines,
+            seen: Vec::new(),
+            dir: dir.to_owned(),
+        }
+    }
+
+    /// Waits for a line that starts like this, and returns it.
+    fn expect(&mut self, start: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let line = self.lines.recv_timeout(left).unwrap_or_else(|_| {
+                panic!("no line {start:?}; there was {:#?}", self.seen);
+            });
+            self.seen.push(line.clone());
+            if line.starts_with(start) {
+                return line;
+            }
+        }
+    }
+
+    fn order(&self, order: &[&str]) -> Output {
+        outrider()
+            .arg("up")
+            .args(order)
+            .arg(&self.dir)
+            .output()
+            .unwrap()
+    }
+
+    fn obeyed(&self, order: &[&str]) -> String {
+        let output = self.order(order);
+        assert!(output.status.success(), "{order:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn leader(&self) -> Option<usize> {
+        let list = self.obeyed(&["--list"]);
+        let line = list.lines().find(|line| line.contains("leader of term"))?;
+        line.split(':').next()?.parse().ok()
+    }
+
+    fn mount(&self, node: usize) -> PathBuf {
+        self.dir.join("mnt").join(node.to_string())
+    }
+
+    /// Ends it as Ctrl-C does; the exit code.
+    fn end(mut self) -> Option<i32> {
+        // SAFETY: a signal to our own child, which was not waited for.
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+        self.expect("unmounted");
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            for _ in 0..2 {
+                // SAFETY: as above.
+                unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            let _ = self.child.wait();
+        }
+    }
+}
+
+#[test]
+fn survivors_of_a_killed_and_of_a_paused_leader_go_on_and_it_comes_back() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut up = Up::start(dir.path(), &["--nodes", "3"]);
+    let ready = up.expect("ready: ");
+    assert_eq!(ready.split(' ').count(), 4, "{ready}");
+    for node in 0..3 {
+        let pid = fs::read_to_string(dir.path().join(format!("run/{node}.pid"))).unwrap();
+        assert!(Path::new("/proc").join(pid.trim()).exists());
+    }
+    fs::write(up.mount(0).join("a"), "from 0").unwrap();
+    assert_eq!(fs::read(up.mount(1).join("a")).unwrap(), b"from 0");
+    assert_eq!(fs::read(up.mount(2).join("a")).unwrap(), b"from 0");
+    for how in ["--kill", "--pause"] {
+        up.expect("leader: ");
+        let leader = up.leader().unwrap();
+        up.obeyed(&[how, "leader"]);
+        let others: Vec<usize> = (0..3).filter(|node| *node != leader).collect();
+        let file = format!("after {how}");
+        fs::write(up.mount(others[0]).join(&file), &file).unwrap();
+        assert_eq!(
+            fs::read_to_string(up.mount(others[1]).join(&file)).unwrap(),
+            file
+        );
+        // A paused one was killed by the fence agent.
+        up.expect(&format!("mount {leader} (pid"));
+        up.obeyed(&["--restart", &leader.to_string()]);
+        assert_eq!(
+            fs::read_to_string(up.mount(leader).join(&file)).unwrap(),
+            file
+        );
+    }
+    assert!(!up.order(&["--kill", "7"]).status.success());
+    assert!(!up.order(&["--kill", "nobody"]).status.success());
+    let meta = dir.path().join("meta");
+    let data = dir.path().join("data");
+    assert_eq!(up.end(), Some(0));
+    let check = outrider().arg("check").args([meta, data]).output().unwrap();
+    assert!(check.status.success(), "{check:?}");
+    // The same volume for one mount: its slots are fitted, its files are there.
+    let mut alone = Up::start(dir.path(), &[]);
+    alone.expect("ready: ");
+    assert_eq!(fs::read(alone.mount(0).join("a")).unwrap(), b"from 0");
+    assert_eq!(alone.end(), Some(0));
+}
+
+#[test]
+fn a_second_cluster_in_the_same_place_and_orders_to_nobody_are_refused() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut up = Up::start(dir.path(), &["--nodes", "2"]);
+    up.expect("ready: ");
+    let second = up.order(&["--nodes", "2"]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("another `outrider up` runs"));
+    let dir = up.dir.clone();
+    assert_eq!(up.end(), Some(0));
+    let nobody = outrider()
+        .args(["up", "--list"])
+        .arg(&dir)
+        .output()
+        .unwrap();
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&nobody.stderr).contains("no `outrider up --nodes` runs"));
+}
