@@ -426,7 +426,7 @@ fn the_last_majority_is_gone_from_the_record_before_one_of_it_is_answered() {
             server.greet(rid, 0, false).await.unwrap();
         }
         let first = server.ask(5, NetCmd::Farewell, &[]);
-        let second = server.ask(6, NetCmd::Farewell, &[]);
+        server.ask(6, NetCmd::Farewell, &[]);
         world.env().sleep(Duration::from_secs(1)).await;
         assert!(server.answer_to(&first).is_none(), "a mount is left");
         let store = Rc::downgrade(&server.server);
