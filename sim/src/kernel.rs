@@ -8,6 +8,10 @@
 //! the inode's, as in Linux; calls are recorded inside those locks, since that
 //! is when the filesystem is asked.
 //!
+//! A page being read is locked, as is one without contents of which a part is
+//! being written: other calls that need it wait, so that what a read brings never
+//! replaces what was written meanwhile.
+//!
 //! Forgetting pages waits for reads of that inode under way, and forgetting one
 //! name takes the directory's lock, as the real notifications do: a filesystem
 //! that waits for them while such a call waits for it hangs here, too.
@@ -22,7 +26,7 @@ use outrider_core::fs::api::{
     Attr, Caller, Entry, Ino, Inval, KernelCache, Opened, Posix, SetAttr, Whence, WriteHow,
 };
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
@@ -56,6 +60,8 @@ struct CachedAttr {
 struct Pages {
     pages: BTreeMap<u64, Vec<u8>>,
     reading: u32,
+    /// Pages without contents that a read fills or a write of a part of them holds.
+    locked: BTreeSet<u64>,
 }
 
 #[derive(Default)]
@@ -81,6 +87,7 @@ pub struct Caches {
     maps: RefCell<Maps>,
     locks: Locks,
     reads_done: Signal,
+    unlocked: Signal,
     name_epoch: Cell<u64>,
 }
 
@@ -96,6 +103,7 @@ impl Caches {
             maps: RefCell::default(),
             locks: RefCell::default(),
             reads_done: Signal::default(),
+            unlocked: Signal::default(),
             name_epoch: Cell::new(0),
         })
     }
@@ -153,6 +161,34 @@ impl Caches {
 
     fn count_lookup(&self, ino: Ino) {
         *self.maps.borrow_mut().lookups.entry(ino).or_default() += 1;
+    }
+
+    /// Waits until no page of a range is locked; then locks those of it that `f`
+    /// chooses.
+    async fn lock_pages(
+        &self,
+        ino: Ino,
+        range: std::ops::Range<u64>,
+        mut f: impl FnMut(&mut Pages) -> Vec<u64>,
+    ) -> Vec<u64> {
+        let free = || {
+            let mut maps = self.maps.borrow_mut();
+            let pages = maps.pages.entry(ino).or_default();
+            if pages.locked.range(range.clone()).next().is_some() {
+                return None;
+            }
+            let chosen = f(pages);
+            pages.locked.extend(&chosen);
+            Some(chosen)
+        };
+        self.unlocked.wait_for(free).await
+    }
+
+    fn unlock_pages(&self, ino: Ino, locked: &[u64]) {
+        if let Some(pages) = self.maps.borrow_mut().pages.get_mut(&ino) {
+            pages.locked.retain(|page| !locked.contains(page));
+        }
+        self.unlocked.wake_all();
     }
 
     fn drop_pages(&self, ino: Ino) {
@@ -397,9 +433,15 @@ impl<P: Posix> Kernel<P> {
                 excl,
             } => {
                 let flags = O_CREAT_RDWR | if *excl { O_EXCL } else { 0 };
+                // It may open a file that is there and changing: attributes from
+                // before a change that has been answered meanwhile are not kept.
+                let before = self.caches.maps.borrow().versions.clone();
                 let (entry, opened) = fs.create(cx, *dir, name, *mode, UMASK, flags).await?;
-                *handle = Some(self.opened(entry.attr.ino, &opened));
-                self.made(*dir, name, &entry, epoch)
+                let ino = entry.attr.ino;
+                *handle = Some(self.opened(ino, &opened));
+                self.caches
+                    .keep_name(*dir, name, ino, entry.entry_valid, epoch);
+                self.entered(&entry, before.get(&ino).copied().unwrap_or(0))
             }
             Call::Tmpfile { dir, mode } => {
                 let (entry, opened) = fs.tmpfile(cx, *dir, *mode, UMASK, O_RDWR).await?;
@@ -540,6 +582,8 @@ impl<P: Posix> Kernel<P> {
     async fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Reply, Errno> {
         let (attr, _) = self.fs.setattr(&self.cx, ino, set).await?;
         if let Some(size) = set.size {
+            let gone = size / PAGE..u64::MAX;
+            self.caches.lock_pages(ino, gone, |_| Vec::new()).await;
             self.caches.drop_pages_from(ino, size);
         }
         Ok(Reply::Attr(attr))
@@ -593,14 +637,15 @@ impl<P: Posix> Kernel<P> {
             return Ok(Bytes::new());
         }
         let (first, last) = (offset / PAGE, (end - 1) / PAGE);
-        let missing: Vec<u64> = {
-            let mut maps = self.caches.maps.borrow_mut();
-            let pages = maps.pages.entry(ino).or_default();
+        let missing = |pages: &mut Pages| {
             pages.reading += 1;
-            (first..=last)
-                .filter(|page| !pages.pages.contains_key(page))
-                .collect()
+            let mut unknown = (first..=last).filter(|page| !pages.pages.contains_key(page));
+            let from = unknown.next();
+            let to = unknown.next_back().or(from);
+            from.zip(to)
+                .map_or_else(Vec::new, |(from, to)| (from..=to).collect())
         };
+        let missing = self.caches.lock_pages(ino, first..last + 1, missing).await;
         let mut result = Ok(());
         if let (Some(from), Some(to)) = (missing.first(), missing.last()) {
             result = self.fill(ino, fh, *from, *to).await;
@@ -617,6 +662,7 @@ impl<P: Posix> Kernel<P> {
                 }
             }
         }
+        self.caches.unlock_pages(ino, &missing);
         self.caches.reads_done.wake_all();
         result?;
         let skip = (offset - first * PAGE) as usize;
@@ -645,11 +691,16 @@ impl<P: Posix> Kernel<P> {
         data: Bytes,
         how: WriteHow,
     ) -> Result<Reply, Errno> {
-        if self.caches.enabled {
-            self.write_pages(ino, offset, &data);
-        }
         let len = data.len() as u64;
+        let mut locked = Vec::new();
+        if self.caches.enabled {
+            let range = offset / PAGE..(offset + len).div_ceil(PAGE);
+            let place = |pages: &mut Pages| write_pages(&mut pages.pages, offset, &data);
+            locked = self.caches.lock_pages(ino, range, place).await;
+        }
+        let data = data.clone();
         let written = self.fs.write(&self.cx, ino, fh, offset, data, how).await;
+        self.caches.unlock_pages(ino, &locked);
         if !written
             .as_ref()
             .is_ok_and(|written| u64::from(*written) == len)
@@ -657,22 +708,6 @@ impl<P: Posix> Kernel<P> {
             self.caches.drop_pages(ino);
         }
         Ok(Reply::Number(u64::from(written?)))
-    }
-
-    fn write_pages(&self, ino: Ino, offset: u64, data: &Bytes) {
-        let mut maps = self.caches.maps.borrow_mut();
-        let pages = &mut maps.pages.entry(ino).or_default().pages;
-        let end = offset + data.len() as u64;
-        for page in offset / PAGE..end.div_ceil(PAGE) {
-            let (from, to) = (offset.max(page * PAGE), end.min((page + 1) * PAGE));
-            let bytes = &data[(from - offset) as usize..(to - offset) as usize];
-            let within = (from - page * PAGE) as usize..(to - page * PAGE) as usize;
-            if bytes.len() == PAGE as usize {
-                pages.insert(page, bytes.to_vec());
-            } else if let Some(kept) = pages.get_mut(&page) {
-                kept[within].copy_from_slice(bytes);
-            }
-        }
     }
 
     /// After a call: what it changed is no longer known.
@@ -742,6 +777,26 @@ impl<P: Posix> Kernel<P> {
         }
         self.fs.forget(ino, count);
     }
+}
+
+/// Writes into the pages that are there. Gives those of which a part is written
+/// and the rest is not known.
+fn write_pages(pages: &mut BTreeMap<u64, Vec<u8>>, offset: u64, data: &Bytes) -> Vec<u64> {
+    let end = offset + data.len() as u64;
+    let mut unknown = Vec::new();
+    for page in offset / PAGE..end.div_ceil(PAGE) {
+        let (from, to) = (offset.max(page * PAGE), end.min((page + 1) * PAGE));
+        let bytes = &data[(from - offset) as usize..(to - offset) as usize];
+        let within = (from - page * PAGE) as usize..(to - page * PAGE) as usize;
+        if bytes.len() == PAGE as usize {
+            pages.insert(page, bytes.to_vec());
+        } else if let Some(kept) = pages.get_mut(&page) {
+            kept[within].copy_from_slice(bytes);
+        } else {
+            unknown.push(page);
+        }
+    }
+    unknown
 }
 
 impl<P> Kernel<P> {

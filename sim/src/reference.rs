@@ -155,14 +155,15 @@ impl Reference {
     fn execute(&self, call: &Call) -> Reply {
         let now = self.host.sim.now();
         let wall = self.host.node.wall_nanos(now);
+        let ino = self.volume.next_ino.get();
+        self.volume.next_ino.set(ino + 1);
+        // Calls of one moment have an order, too: that of their numbers.
         let cx = Context {
-            start: now,
-            end: now,
+            start: ino,
+            end: ino,
             wall: (wall, wall),
             ..Context::default()
         };
-        let ino = self.volume.next_ino.get();
-        self.volume.next_ino.set(ino + 1);
         let mut state = self.state.borrow_mut();
         let before = state.clone();
         let mut call = call.clone();
@@ -178,7 +179,7 @@ impl Reference {
             {
                 let block = set.size.unwrap_or(0) / 4096;
                 let old = before.get(*ino).and_then(|inode| inode.blocks.get(&block));
-                let inode = Rc::make_mut(state.inodes.get_mut(ino).expect("just changed"));
+                let inode = state.get_mut(*ino);
                 if let (Some(old), Some(new)) = (old, inode.blocks.get_mut(&block)) {
                     *new = Rc::clone(old);
                 }
@@ -197,7 +198,7 @@ impl Reference {
                 if self.flawed("rename_keeps_old_name") && self.rng.chance(200) =>
             {
                 let old = before.get(*dir).and_then(|inode| inode.entries.get(name));
-                let inode = Rc::make_mut(state.inodes.get_mut(dir).expect("just changed"));
+                let inode = state.get_mut(*dir);
                 if let Some(old) = old {
                     inode.entries.insert(name.clone(), *old);
                 }

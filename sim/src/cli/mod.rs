@@ -5,6 +5,7 @@ mod sweep;
 
 use clap::{Parser, Subcommand};
 use outrider_sim::plan::{PROFILES, Plan, Profile};
+use outrider_sim::reference::Reference;
 use outrider_sim::world::{self, Options, Outcome, node::Outrider};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,6 +52,9 @@ struct ReplayArgs {
     /// Write the plan to a file.
     #[arg(long)]
     save: Option<PathBuf>,
+    /// Run a filesystem in memory that is right by construction: tests the judge.
+    #[arg(long)]
+    reference: bool,
 }
 
 fn parse_profile(text: &str) -> Result<Profile, String> {
@@ -90,8 +94,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Runs a plan on Outrider.
-fn run_plan(plan: &Plan, mutant: Option<&'static str>, log: bool) -> Outcome {
+/// Runs a plan on Outrider, or on the reference.
+fn run_plan(plan: &Plan, reference: bool, mutant: Option<&'static str>, log: bool) -> Outcome {
     let mut options = Options {
         mutant,
         ..Options::default()
@@ -99,12 +103,21 @@ fn run_plan(plan: &Plan, mutant: Option<&'static str>, log: bool) -> Outcome {
     if log {
         options.sink = Some(Box::new(|| Box::new(|line: &str| println!("{line}"))));
     }
-    world::run::<Outrider>(plan, options)
+    if reference {
+        world::run::<Reference>(plan, options)
+    } else {
+        world::run::<Outrider>(plan, options)
+    }
 }
 
 fn load(file: &Path) -> Result<Plan, String> {
     let text = std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))?;
     serde_json::from_str(&text).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+fn save(plan: &Plan, file: &Path) -> Result<(), String> {
+    let text = serde_json::to_string(plan).map_err(|e| e.to_string())?;
+    std::fs::write(file, text + "\n").map_err(|e| format!("{}: {e}", file.display()))
 }
 
 fn replay(args: &ReplayArgs) -> Result<bool, String> {
@@ -113,15 +126,16 @@ fn replay(args: &ReplayArgs) -> Result<bool, String> {
         Err(_) => load(Path::new(&args.what))?,
     };
     if let Some(file) = &args.save {
-        let text = serde_json::to_string(&plan).map_err(|e| e.to_string())?;
-        std::fs::write(file, text + "\n").map_err(|e| format!("{}: {e}", file.display()))?;
+        save(&plan, file)?;
     }
     let mutant = args.mutant.as_deref().map(mutants::find).transpose()?;
     println!("{}", plan.header());
-    let outcome = run_plan(&plan, mutant, args.log);
+    let outcome = run_plan(&plan, args.reference, mutant, args.log);
     println!(
-        "{} calls, {} events, {} polls, {}.{:03} simulated seconds, events {:016x}, image {:016x}",
+        "{} calls judged in {} steps, {} events, {} polls, {}.{:03} simulated seconds, \
+         events {:016x}, image {:016x}",
         outcome.calls,
+        outcome.steps,
         outcome.events,
         outcome.polls,
         outcome.nanos / 1_000_000_000,
@@ -152,7 +166,7 @@ fn corpus(dir: &Path) -> Result<bool, String> {
     files.sort();
     let mut failed = 0;
     for file in &files {
-        let outcome = run_plan(&load(file)?, None, false);
+        let outcome = run_plan(&load(file)?, false, None, false);
         if let Some(failure) = outcome.failure {
             failed += 1;
             println!("{}: {}: {}", file.display(), failure.kind, failure.text);

@@ -131,6 +131,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
                 jobs: all_processors(),
                 budget: Some(args.time_budget),
                 profile: None,
+                reference: false,
                 mutant: Some(name),
                 stop_at_first: true,
                 quiet: true,

@@ -1,10 +1,11 @@
 //! Many seeds on several threads.
 
-use super::{parse_profile, run_plan};
+use super::{parse_profile, run_plan, save};
 use indicatif::{ProgressBar, ProgressStyle};
 use outrider_sim::plan::{Plan, Profile};
 use outrider_sim::world::Outcome;
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -28,6 +29,12 @@ pub struct Args {
     /// One kind of trouble for all seeds.
     #[arg(long, value_parser = parse_profile)]
     profile: Option<Profile>,
+    /// Run a filesystem in memory that is right by construction: tests the judge.
+    #[arg(long)]
+    reference: bool,
+    /// Write the plans of failing seeds into this directory, as KIND-SEED.json.
+    #[arg(long)]
+    save: Option<PathBuf>,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -53,6 +60,8 @@ pub struct Hunt {
     pub budget: Option<u64>,
     /// Profile of all seeds.
     pub profile: Option<Profile>,
+    /// The reference instead of Outrider.
+    pub reference: bool,
     /// Planted bug.
     pub mutant: Option<&'static str>,
     /// Stop at the first failure.
@@ -79,11 +88,13 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
                     }
                     let seed = hunt.from + index;
                     let plan = Plan::from_seed(seed, hunt.profile);
-                    let mut outcome = run_plan(&plan, hunt.mutant, false);
+                    let mut outcome = run_plan(&plan, hunt.reference, hunt.mutant, false);
                     // A seed that fails without the planted bug proves nothing about it.
                     if hunt.mutant.is_some()
                         && outcome.failure.is_some()
-                        && run_plan(&plan, None, false).failure.is_some()
+                        && run_plan(&plan, hunt.reference, None, false)
+                            .failure
+                            .is_some()
                     {
                         outcome.failure = None;
                     }
@@ -156,6 +167,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
             jobs: args.jobs.unwrap_or_else(all_processors).max(1),
             budget: args.time_budget,
             profile: args.profile,
+            reference: args.reference,
             mutant: None,
             stop_at_first: false,
             quiet: args.json || args.hashes,
@@ -163,6 +175,9 @@ pub fn run(args: &Args) -> Result<bool, String> {
         &bar,
     );
     bar.finish_and_clear();
+    if let Some(dir) = &args.save {
+        save_failing(&found, args.profile, dir)?;
+    }
     if args.hashes {
         for (seed, outcome) in &found.outcomes {
             println!(
@@ -182,6 +197,16 @@ pub fn run(args: &Args) -> Result<bool, String> {
         print_summary(&found, &failed, args);
     }
     Ok(failed.is_empty())
+}
+
+fn save_failing(found: &Found, profile: Option<Profile>, dir: &Path) -> Result<(), String> {
+    for outcome in found.outcomes.values() {
+        if let Some(failure) = &outcome.failure {
+            let file = dir.join(format!("{}-{}.json", failure.kind, outcome.seed));
+            save(&Plan::from_seed(outcome.seed, profile), &file)?;
+        }
+    }
+    Ok(())
 }
 
 fn totals(found: &Found) -> (u64, u64, u64) {

@@ -234,8 +234,8 @@ impl Model {
                 Ok(Expected::Done)
             }
             Call::Release { ino } => {
-                if let Some(inode) = self.inodes.get_mut(ino) {
-                    let inode = Rc::make_mut(inode);
+                if self.inodes.contains_key(ino) {
+                    let inode = self.get_mut(*ino);
                     inode.opens = inode.opens.saturating_sub(1);
                 }
                 Ok(Expected::Done)
@@ -316,6 +316,7 @@ impl Model {
             } => {
                 let size = self.file(*ino)?.size;
                 let end = offset + len;
+                self.get_mut(*ino).finish_truncate();
                 if !keep && end > size {
                     let inode = self.get_mut(*ino);
                     inode.size = end;

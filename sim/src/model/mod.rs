@@ -12,9 +12,11 @@
 
 pub mod call;
 mod execute;
+pub mod memo;
 pub mod recover;
 
 pub use call::{Call, Reply, pattern, pattern_byte};
+pub use memo::{Memo, Page};
 
 use bytes::Bytes;
 use outrider_core::errno::Errno;
@@ -98,8 +100,8 @@ pub struct Dirent {
     pub born: (u64, u64),
 }
 
-/// A block's bytes.
-pub type Block = Rc<[u8; BLOCK as usize]>;
+/// A block, shared while nobody changes it.
+pub type Block = Rc<Page>;
 
 /// An inode.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,6 +134,8 @@ pub struct Inode {
     pub target: Bytes,
     /// How many handles are open.
     pub opens: u32,
+    /// Its digest.
+    pub memo: Memo,
 }
 
 impl Inode {
@@ -160,7 +164,7 @@ impl Inode {
             let stop = ((block + 1) * BLOCK).min(end);
             let within = (at % BLOCK) as usize..(at % BLOCK) as usize + (stop - at) as usize;
             match self.blocks.get(&block) {
-                Some(bytes) => out.extend_from_slice(&bytes[within]),
+                Some(bytes) => out.extend_from_slice(&bytes.bytes()[within]),
                 None => out.resize(out.len() + within.len(), 0),
             }
             at = stop;
@@ -168,7 +172,13 @@ impl Inode {
         out
     }
 
+    /// Frees what a truncate that a crash cut short has left (spec 14 section 11).
+    fn finish_truncate(&mut self) {
+        self.blocks.split_off(&self.size.div_ceil(BLOCK));
+    }
+
     fn write(&mut self, offset: u64, tag: u64, len: u64) {
+        self.finish_truncate();
         let mut at = offset;
         let end = offset + len;
         while at < end {
@@ -177,8 +187,8 @@ impl Inode {
             let bytes = self
                 .blocks
                 .entry(block)
-                .or_insert_with(|| Rc::new([0; BLOCK as usize]));
-            let bytes = Rc::make_mut(bytes);
+                .or_insert_with(|| Rc::new(Page::new([0; BLOCK as usize])));
+            let bytes = Rc::make_mut(bytes).bytes_mut();
             for byte in at..stop {
                 bytes[(byte % BLOCK) as usize] = pattern_byte(tag, byte);
             }
@@ -188,13 +198,14 @@ impl Inode {
     }
 
     fn truncate(&mut self, size: u64) {
+        self.finish_truncate();
         if size <= self.size {
             let keep = size.div_ceil(BLOCK);
             self.blocks.split_off(&keep);
             if !size.is_multiple_of(BLOCK)
                 && let Some(bytes) = self.blocks.get_mut(&(size / BLOCK))
             {
-                Rc::make_mut(bytes)[(size % BLOCK) as usize..].fill(0);
+                Rc::make_mut(bytes).bytes_mut()[(size % BLOCK) as usize..].fill(0);
             }
         }
         self.size = size;
@@ -267,9 +278,12 @@ impl Model {
         self.inodes.get(&ino).map(|inode| &**inode)
     }
 
-    fn get_mut(&mut self, ino: Ino) -> &mut Inode {
+    /// An inode that is there, to be changed.
+    pub(crate) fn get_mut(&mut self, ino: Ino) -> &mut Inode {
         let inode = self.inodes.get_mut(&ino).expect("an inode of the model");
-        Rc::make_mut(inode)
+        let inode = Rc::make_mut(inode);
+        inode.memo.forget();
+        inode
     }
 
     /// All inodes reachable from the root, the root first.
@@ -295,7 +309,9 @@ impl Model {
         next.inodes.retain(|_, inode| inode.nlink > 0);
         for inode in next.inodes.values_mut() {
             if inode.opens > 0 {
-                Rc::make_mut(inode).opens = 0;
+                let inode = Rc::make_mut(inode);
+                inode.memo.forget();
+                inode.opens = 0;
             }
         }
         next
@@ -433,6 +449,7 @@ fn new_inode(mode: u32, rdev: u32, cx: &Context) -> Inode {
         parent: 0,
         target: Bytes::new(),
         opens: 0,
+        memo: Memo::default(),
     }
 }
 

@@ -7,26 +7,35 @@
 
 use super::{BLOCK, Call, Inode, Model, pattern_byte};
 use outrider_core::fs::api::Ino;
-use std::rc::Rc;
 
 /// Why an observed state is not this one.
 pub type Difference = String;
 
-/// Calls that a cut leaves out: asked for, but not part of the state.
+/// What may show in place beside the state: calls that a cut leaves out, and
+/// truncates whose last transactions it may leave out.
 #[derive(Default)]
 pub struct Later<'a> {
     calls: Vec<&'a Call>,
+    cut_short: Vec<Ino>,
 }
 
 impl<'a> Later<'a> {
-    /// Those calls.
+    /// Calls that are not part of the state.
     pub fn new(calls: impl IntoIterator<Item = &'a Call>) -> Self {
         Self {
             calls: calls
                 .into_iter()
                 .filter(|call| call.changes_data_of().is_some())
                 .collect(),
+            cut_short: Vec::new(),
         }
+    }
+
+    /// Files whose truncation may have freed nothing yet (spec 14 section 11).
+    #[must_use]
+    pub fn with_cut_short(mut self, files: impl IntoIterator<Item = Ino>) -> Self {
+        self.cut_short.extend(files);
+        self
     }
 
     /// Whether one of the calls may have put `byte` at `offset` of the file.
@@ -56,32 +65,75 @@ impl<'a> Later<'a> {
 }
 
 impl Model {
-    /// Compares this state with an observed one. If they agree, gives the state
-    /// to go on with: the observed contents and times, this one's history.
+    /// Compares what a crash leaves of this state with an observed one. `later`
+    /// is asked only if nothing but contents differs.
     ///
     /// # Errors
     /// The first difference.
-    pub fn recovered_as(&self, observed: &Model, later: &Later) -> Result<Model, Difference> {
-        let mine = self.after_crash();
-        if let Some(ino) = mine.inodes.keys().find(|ino| observed.get(**ino).is_none()) {
+    pub fn recovered_as<'a>(
+        &self,
+        observed: &Model,
+        later: impl Fn() -> Later<'a>,
+    ) -> Result<(), Difference> {
+        let kept = || self.inodes.iter().filter(|(_, inode)| inode.nlink > 0);
+        if let Some((ino, _)) = kept().find(|(ino, _)| observed.get(**ino).is_none()) {
             return Err(format!("inode {ino} is missing"));
         }
-        if let Some(ino) = observed.inodes.keys().find(|ino| mine.get(**ino).is_none()) {
+        let expected = |ino: &Ino| self.get(*ino).is_some_and(|inode| inode.nlink > 0);
+        if let Some(ino) = observed.inodes.keys().find(|ino| !expected(ino)) {
             return Err(format!("inode {ino} is not expected"));
         }
-        let mut next = mine.clone();
-        for (ino, expected) in &mine.inodes {
-            let seen = observed.get(*ino).expect("both have it");
-            compare_attributes(*ino, expected, seen)?;
-            let changed = compare_data(*ino, expected, seen, later)?;
-            if changed || expected.mtime != seen.mtime || expected.ctime != seen.ctime {
-                let inode = Rc::make_mut(next.inodes.get_mut(ino).expect("cloned"));
-                inode.mtime = seen.mtime;
-                inode.ctime = seen.ctime;
-                inode.blocks = seen.blocks.clone();
-            }
+        let seen = |ino: &Ino| observed.get(*ino).expect("both have it");
+        for (ino, expected) in kept() {
+            compare_attributes(*ino, expected, seen(ino))?;
         }
-        Ok(next)
+        let differs = |want: &Inode, got: &Inode| {
+            let digests = |inode: &Inode| -> Vec<_> {
+                let pages = inode.blocks.iter();
+                pages.map(|(block, page)| (*block, page.digest())).collect()
+            };
+            want.blocks.len() != got.blocks.len() || digests(want) != digests(got)
+        };
+        let differing: Vec<_> = kept()
+            .filter(|(ino, want)| differs(want, seen(ino)))
+            .collect();
+        if differing.is_empty() {
+            return Ok(());
+        }
+        let later = later();
+        for (ino, expected) in differing {
+            compare_data(*ino, expected, seen(ino), &later)?;
+        }
+        Ok(())
+    }
+
+    /// Which of `some` inodes differ from what was observed, contents aside.
+    /// `None` if others do.
+    pub fn differing(&self, observed: &Model, some: &[Ino]) -> Option<Vec<Ino>> {
+        let same = |ino: Ino| match (self.get(ino), observed.get(ino)) {
+            (Some(want), Some(got)) => {
+                compare_attributes(ino, want, got).is_ok()
+                    && want.blocks.keys().eq(got.blocks.keys())
+            }
+            (want, got) => want.is_none_or(|inode| inode.nlink == 0) && got.is_none(),
+        };
+        let both = self.inodes.keys().chain(observed.inodes.keys());
+        if both.copied().any(|ino| !some.contains(&ino) && !same(ino)) {
+            return None;
+        }
+        Some(some.iter().copied().filter(|ino| !same(*ino)).collect())
+    }
+
+    /// How many inodes are not as observed, contents aside: for telling which of
+    /// several wrong states is the nearest.
+    pub fn distance(&self, observed: &Model) -> usize {
+        let same = |ino: &Ino| match (self.get(*ino), observed.get(*ino)) {
+            (Some(want), Some(got)) => compare_attributes(*ino, want, got).is_ok(),
+            (want, got) => want.is_none_or(|inode| inode.nlink == 0) && got.is_none(),
+        };
+        let all: std::collections::BTreeSet<&Ino> =
+            self.inodes.keys().chain(observed.inodes.keys()).collect();
+        all.into_iter().filter(|ino| !same(ino)).count()
     }
 }
 
@@ -135,30 +187,43 @@ fn compare_attributes(ino: Ino, expected: &Inode, seen: &Inode) -> Result<(), Di
     {
         return Err(format!("inode {ino}: the entry {name:?} is not expected"));
     }
+    // Entries are listed in the order in which they were made, as before the crash.
+    let mut listed: Vec<_> = seen.entries.iter().collect();
+    listed.sort_by_key(|(_, entry)| entry.born);
+    let mut latest_start = 0;
+    for (name, _) in listed {
+        let (start, end) = expected.entries[name].born;
+        if end < latest_start {
+            return Err(format!(
+                "inode {ino}: the entry {name:?} is listed too late"
+            ));
+        }
+        latest_start = latest_start.max(start);
+    }
     Ok(())
 }
 
-fn compare_data(
-    ino: Ino,
-    expected: &Inode,
-    seen: &Inode,
-    later: &Later,
-) -> Result<bool, Difference> {
-    if !expected.blocks.keys().eq(seen.blocks.keys()) {
+fn compare_data(ino: Ino, expected: &Inode, seen: &Inode, later: &Later) -> Result<(), Difference> {
+    let end = expected.size.div_ceil(BLOCK);
+    let left_over = later.cut_short.contains(&ino);
+    let there = seen
+        .blocks
+        .keys()
+        .filter(|block| **block < end || !left_over);
+    if !expected.blocks.keys().eq(there) {
         return Err(format!(
             "inode {ino}: written blocks are {:?}, expected {:?}",
             seen.blocks.keys().collect::<Vec<_>>(),
             expected.blocks.keys().collect::<Vec<_>>()
         ));
     }
-    let mut changed = false;
     for (block, want) in &expected.blocks {
         let got = &seen.blocks[block];
-        if Rc::ptr_eq(want, got) || want == got {
+        if want.digest() == got.digest() {
             continue;
         }
-        changed = true;
-        for (index, (want, got)) in want.iter().zip(got.iter()).enumerate() {
+        let pairs = want.bytes().iter().zip(got.bytes());
+        for (index, (want, got)) in pairs.enumerate() {
             let offset = block * BLOCK + index as u64;
             if want != got && offset < expected.size && !later.explains(ino, offset, *got) {
                 return Err(format!(
@@ -168,5 +233,5 @@ fn compare_data(
             }
         }
     }
-    Ok(changed)
+    Ok(())
 }

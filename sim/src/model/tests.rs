@@ -129,36 +129,59 @@ fn recovery_accepts_committed_states_and_in_place_overwrites_only() {
         let mut seen = state.after_crash();
         for inode in seen.inodes.values_mut() {
             let inode = Rc::make_mut(inode);
+            inode.memo.forget();
             inode.mtime = Stamp::exact(inode.mtime.low);
             inode.ctime = Stamp::exact(inode.ctime.low);
         }
         seen.get_mut(1024).blocks = data.get(1024).unwrap().blocks.clone();
         seen
     };
-    let none = Later::default();
-    let overwrite = Later::new([&call]);
-    assert!(
-        before
-            .recovered_as(&observe(&before, &before), &none)
-            .is_ok()
-    );
+    let none = Later::default;
+    let overwrite = || Later::new([&call]);
+    let same = before.recovered_as(&observe(&before, &before), none);
+    assert_eq!(same, Ok(()));
     // Later bytes may be there, but only if they were written.
     let torn = observe(&before, &after);
-    assert!(before.recovered_as(&torn, &none).is_err());
-    assert!(before.recovered_as(&torn, &overwrite).is_ok());
+    assert!(before.recovered_as(&torn, none).is_err());
+    assert!(before.recovered_as(&torn, overwrite).is_ok());
     // The state says the write is there: old bytes are a loss.
     let lost = observe(&after, &before);
-    assert!(
-        after
-            .recovered_as(&lost, &none)
-            .unwrap_err()
-            .contains("byte 100")
-    );
+    let text = after.recovered_as(&lost, none).unwrap_err();
+    assert!(text.contains("byte 100"), "{text}");
     // A transaction is there whole or not at all.
-    assert!(
-        base.recovered_as(&observe(&before, &before), &overwrite)
-            .is_err()
-    );
+    let whole = base.recovered_as(&observe(&before, &before), overwrite);
+    assert!(whole.is_err());
+}
+
+#[test]
+fn blocks_behind_the_end_are_left_only_by_a_truncate_cut_short() {
+    let base = create(&Model::new(S_IFDIR | 0o755), "a", 1024, 5);
+    let (_, long) = write(&base, 1024, 0, 20_000, 1, 6);
+    let mut short = long.clone();
+    short.get_mut(1024).truncate(5000);
+    // The size is there, the blocks have not been freed.
+    let mut seen = short.after_crash();
+    for ino in [ROOT, 1024] {
+        let inode = seen.get_mut(ino);
+        inode.mtime = Stamp::exact(inode.mtime.low);
+        inode.ctime = Stamp::exact(inode.ctime.low);
+    }
+    let old = long.get(1024).unwrap().blocks.clone();
+    let freed = seen.clone();
+    seen.get_mut(1024).blocks.insert(4, Rc::clone(&old[&4]));
+    let none = Later::default;
+    assert!(short.recovered_as(&freed, none).is_ok());
+    assert!(short.recovered_as(&seen, none).is_err());
+    let cut_short = || Later::default().with_cut_short([1024]);
+    assert!(short.recovered_as(&freed, cut_short).is_ok());
+    assert!(short.recovered_as(&seen, cut_short).is_ok());
+    // A block within the size is no leftover.
+    let mut hole = short.clone();
+    hole.get_mut(1024).blocks.remove(&1);
+    assert!(hole.recovered_as(&seen, cut_short).is_err());
+    // The next write finishes it.
+    let (_, next) = write(&seen, 1024, 0, 10, 2, 9);
+    assert_eq!(next.get(1024).unwrap().blocks.len(), 2);
 }
 
 #[test]

@@ -1,9 +1,8 @@
 use super::*;
-use crate::model::{ROOT, S_IFDIR, Stamp};
+use crate::model::{ROOT, S_IFDIR, S_IFREG, Stamp};
 use bytes::Bytes;
 use outrider_core::env::WallTime;
-use outrider_core::fs::api::Attr;
-use std::rc::Rc;
+use outrider_core::fs::api::{Attr, Ino};
 
 fn cx(start: u64, end: u64) -> Context {
     Context {
@@ -37,10 +36,28 @@ fn made(ino: Ino) -> Reply {
 
 fn oracle() -> Oracle {
     let mut root = Model::new(S_IFDIR | 0o755);
-    let inode = Rc::make_mut(root.inodes.get_mut(&ROOT).unwrap());
+    let inode = root.get_mut(ROOT);
     inode.mtime = Stamp::exact(0);
     inode.ctime = Stamp::exact(0);
     Oracle::new(root)
+}
+
+/// Lets calls begin and end at their times; what is equal overlaps.
+fn play(oracle: &mut Oracle, calls: &[(Call, Reply, u64, u64)]) {
+    let mut events = Vec::new();
+    for (index, (_, _, start, end)) in calls.iter().enumerate() {
+        events.extend([(*start, false, index), (*end, true, index)]);
+    }
+    events.sort_unstable();
+    let mut numbers = vec![0; calls.len()];
+    for (time, ends, index) in events {
+        let (call, reply, start, end) = &calls[index];
+        if ends {
+            oracle.end(numbers[index], reply.clone(), cx(*start, *end));
+        } else {
+            numbers[index] = oracle.begin(call.clone(), cx(time, time));
+        }
+    }
 }
 
 fn run(oracle: &mut Oracle, call: Call, reply: Reply, start: u64, end: u64) {
@@ -56,9 +73,14 @@ fn overlapping_calls_may_have_happened_in_either_order() {
     };
     let absent = Reply::Err(Errno::ENOENT);
     let mut o = oracle();
-    run(&mut o, create("a"), made(1024), 10, 20);
-    run(&mut o, lookup.clone(), absent.clone(), 15, 30);
-    run(&mut o, lookup.clone(), made(1024), 15, 16);
+    play(
+        &mut o,
+        &[
+            (create("a"), made(1024), 10, 20),
+            (lookup.clone(), absent.clone(), 15, 30),
+            (lookup.clone(), made(1024), 15, 16),
+        ],
+    );
     o.quiet().unwrap();
     let mut o = oracle();
     run(&mut o, create("a"), made(1024), 10, 20);
@@ -69,12 +91,23 @@ fn overlapping_calls_may_have_happened_in_either_order() {
 #[test]
 fn one_of_two_exclusive_creates_must_fail() {
     let mut o = oracle();
-    run(&mut o, create("a"), Reply::Err(Errno::EEXIST), 10, 20);
-    run(&mut o, create("a"), made(1024), 11, 21);
+    let failed = Reply::Err(Errno::EEXIST);
+    play(
+        &mut o,
+        &[
+            (create("a"), failed, 10, 20),
+            (create("a"), made(1024), 11, 21),
+        ],
+    );
     o.quiet().unwrap();
     let mut o = oracle();
-    run(&mut o, create("a"), made(1025), 10, 20);
-    run(&mut o, create("a"), made(1024), 11, 21);
+    play(
+        &mut o,
+        &[
+            (create("a"), made(1025), 10, 20),
+            (create("a"), made(1024), 11, 21),
+        ],
+    );
     o.quiet().unwrap_err();
 }
 

@@ -4,7 +4,9 @@ use super::life::Fate;
 use super::workload::Recorded;
 use crate::backend::Sim;
 use crate::kernel::{Handle, Kernel, Recorder};
-use crate::model::{Block, Call, Dirent, Inode, Model, ROOT, Reply, S_IFLNK, S_IFMT, Stamp};
+use crate::model::{
+    Block, Call, Dirent, Inode, Memo, Model, Page, ROOT, Reply, S_IFLNK, S_IFMT, Stamp,
+};
 use bytes::Bytes;
 use outrider_core::env::WallTime;
 use outrider_core::errno::Errno;
@@ -141,6 +143,7 @@ impl<A: Asked> Look<'_, A> {
             parent: 0,
             target: Bytes::new(),
             opens: 0,
+            memo: Memo::default(),
         };
         if inode.is_dir() {
             inode.parent = parent;
@@ -245,7 +248,7 @@ impl<A: Asked> Look<'_, A> {
                 let from = (index * 4096).min(bytes.len());
                 let to = (from + 4096).min(bytes.len());
                 copy[..to - from].copy_from_slice(&bytes[from..to]);
-                blocks.insert(*block, Rc::new(copy));
+                blocks.insert(*block, Rc::new(Page::new(copy)));
             }
             at += run;
         }

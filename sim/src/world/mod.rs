@@ -76,6 +76,8 @@ pub struct Outcome {
     pub calls: u64,
     /// Windows whose judgement was given up.
     pub unjudged: u64,
+    /// Steps of the judge's searches.
+    pub steps: u64,
     /// Probes reached, with counts.
     pub probes: BTreeMap<&'static str, u64>,
     /// What went wrong.
@@ -255,6 +257,7 @@ async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
             });
             let result = life::all_lives(&world).await;
             outcome.unjudged = world.oracle.borrow().unjudged();
+            outcome.steps = world.oracle.borrow().steps();
             outcome.calls = world.calls.get();
             result
         }
