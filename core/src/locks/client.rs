@@ -10,11 +10,14 @@
 //!   down in [`LockClient::start_revoke`] (section 16.3);
 //! * a grant lost to a revocation before its waiter ran, for ever: waiters are
 //!   admitted by the grant itself (section 9.8);
+//! * a grant of a new server while the cleanup for the old one still runs, which
+//!   would drop what is written under the new grant: such a grant is kept until
+//!   the cleanup has ended (section 7: in order, per lock);
 //! * stale inodes after read permission was lost unnoticed: `refresh_gen` moves by
 //!   our own previous mode, not by the message's (section 16.4).
 
 use super::{Mode, Policy, Scope, net_lock};
-use crate::env::{HashMap, probe};
+use crate::env::{HashMap, mutant, probe};
 use crate::format::{Key, NetLock};
 use std::collections::VecDeque;
 
@@ -59,24 +62,35 @@ pub enum Acquired {
     Wait,
 }
 
+/// What `grant` did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Granted {
+    /// The new mode is in force.
+    Applied,
+    /// A cleanup runs; the grant waits for its end.
+    Kept,
+    /// No request was pending: a broken server, whose message is dropped.
+    NotAsked,
+}
+
 /// A lock's slot; stable while the lock has users or waiters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockId(u32);
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Invalidation {
     token: Token,
     msg: NetLock,
     new: Mode,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Waiter {
     id: WaiterId,
     mode: Mode,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Lock {
     scope: Scope,
     key: Key,
@@ -84,6 +98,8 @@ struct Lock {
     /// Mode before the cleanup that is running.
     invalidating: Option<Mode>,
     request_pending: bool,
+    /// A grant that came while a cleanup ran.
+    early_grant: Option<NetLock>,
     invalidations: VecDeque<Invalidation>,
     users: [u32; Mode::COUNT],
     waiters: VecDeque<Waiter>,
@@ -144,7 +160,7 @@ pub struct LockState {
 }
 
 /// All locks of one mount.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LockClient {
     slots: Vec<Option<Lock>>,
     free: Vec<u32>,
@@ -259,19 +275,23 @@ impl LockClient {
         (lock.mode, lock.write_seq, lock.refresh_gen)
     }
 
-    /// The server's grant. Returns false if no request was pending: a broken
-    /// server, whose message is dropped.
-    pub fn grant(&mut self, msg: &NetLock, out: &mut Vec<Action>) -> bool {
+    /// The server's grant.
+    pub fn grant(&mut self, msg: &NetLock, out: &mut Vec<Action>) -> Granted {
         let Some(slot) = self.slot_of(&Key::from(msg.key)) else {
-            return false;
+            return Granted::NotAsked;
         };
         let Some(mode) = Mode::from_wire(msg.new_mode) else {
-            return false;
+            return Granted::NotAsked;
         };
         let gen_if_gained = self.next_gen + 1;
         let lock = self.lock_mut(slot);
-        if !lock.request_pending {
-            return false;
+        if !lock.request_pending || lock.early_grant.is_some() {
+            return Granted::NotAsked;
+        }
+        if lock.invalidating.is_some() && !mutant("early_grant_applied") {
+            probe("lock_client.early_grant");
+            lock.early_grant = Some(*msg);
+            return Granted::Kept;
         }
         lock.request_pending = false;
         let gained = mode.reads() && !lock.mode.reads();
@@ -286,7 +306,7 @@ impl LockClient {
         self.admit(slot, out);
         self.ask_for_waiters(slot, out);
         self.free_if_idle_null(slot);
-        true
+        Granted::Applied
     }
 
     /// A request could not be sent (forced unmount): the waiters stay queued
@@ -341,6 +361,13 @@ impl LockClient {
         let old = Mode::from_wire(inv.msg.old_mode).unwrap_or(Mode::Null);
         let answer = net_lock(&lock.key, 0, old, lock.mode);
         out.push(Action::Respond(inv.token, answer));
+        if let Some(grant) = lock.early_grant.take() {
+            let applied = self.grant(&grant, out);
+            assert_eq!(applied, Granted::Applied, "its request is still pending");
+        }
+        let Some(lock) = self.slots[slot as usize].as_mut() else {
+            return;
+        };
         if lock.invalidations.is_empty() {
             self.admit(slot, out);
             self.ask_for_waiters(slot, out);
@@ -351,7 +378,8 @@ impl LockClient {
     }
 
     /// At most `max` locks from `start` on, as a recovering server wants them:
-    /// the old mode while a cleanup runs (section 10.3).
+    /// the old mode while a cleanup runs (section 10.3), or what an early grant
+    /// will make of it.
     pub fn recover(&self, start: &Key, max: usize) -> Vec<NetLock> {
         let mut held: Vec<&Lock> = self
             .slots
@@ -363,8 +391,11 @@ impl LockClient {
         held.truncate(max);
         held.iter()
             .map(|lock| {
-                let mode = lock.invalidating.unwrap_or(lock.mode);
-                net_lock(&lock.key, lock.write_seq, mode, mode)
+                let early = lock.early_grant.as_ref();
+                let granted = early.and_then(|grant| Mode::from_wire(grant.new_mode));
+                let mode = granted.or(lock.invalidating).unwrap_or(lock.mode);
+                let seq = early.map_or(0, |grant| grant.write_seq.get());
+                net_lock(&lock.key, lock.write_seq.max(seq), mode, mode)
             })
             .collect()
     }
@@ -429,6 +460,7 @@ impl LockClient {
             mode: Mode::Null,
             invalidating: None,
             request_pending: false,
+            early_grant: None,
             invalidations: VecDeque::new(),
             users: [0; Mode::COUNT],
             waiters: VecDeque::new(),

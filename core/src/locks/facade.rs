@@ -2,7 +2,9 @@
 //! a revocation is carried out in order (spec 10 section 8): commit, drop what is
 //! cached, answer.
 
-use super::client::{Acquired, Action, LockClient, LockId, LockState, Revocation, Token, WaiterId};
+use super::client::{
+    Acquired, Action, Granted, LockClient, LockId, LockState, Revocation, Token, WaiterId,
+};
 use super::{Mode, Policy, Scope};
 use crate::env::{Env, HashMap, LocalBoxFuture, mutant, probe};
 use crate::errno::Errno;
@@ -196,8 +198,12 @@ impl Locks {
 
     /// A grant from the server, in the order of arrival.
     pub fn on_grant(&self, msg: &NetLock) {
+        let mut out = Vec::new();
+        let granted = self.inner.brain.borrow_mut().grant(msg, &mut out);
         let range = Scope::from_start(&Key::from(msg.key)).map(Scope::range);
-        if let (Some(range), Some(hooks)) = (range, self.inner.hooks()) {
+        if granted == Granted::Applied
+            && let (Some(range), Some(hooks)) = (range, self.inner.hooks())
+        {
             let keeps = [msg.old_mode, msg.new_mode]
                 .iter()
                 .all(|&mode| Mode::from_wire(mode).is_some_and(Mode::reads));
@@ -207,8 +213,7 @@ impl Locks {
                 range.start
             );
         }
-        let mut out = Vec::new();
-        if !self.inner.brain.borrow_mut().grant(msg, &mut out) {
+        if granted == Granted::NotAsked {
             tracing::error!(key = %Key::from(msg.key), "the server granted a lock nobody asked for");
         }
         self.inner.carry_out(out);

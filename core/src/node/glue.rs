@@ -14,8 +14,8 @@ use crate::fs::{Fs, ServerRequests};
 use crate::locks::{LockError, LockHooks, LockTransport, Locks, Mode, Scope};
 use crate::log::merge_worker::MergeServer;
 use crate::log::{self, Log, ServerError};
-use crate::quorum::{ServerInstance, ServerPhase, ServerStarter};
-use crate::server::{self, Control, FenceAgent, ServerConfig, Status};
+use crate::quorum::{ServerInstance, ServerStarter};
+use crate::server::{self, Control, FenceAgent, ServerConfig};
 use std::net::SocketAddrV4;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -217,29 +217,6 @@ impl ServerStarter for Starter {
             block_policy: self.block.clone(),
             fence: self.fence.clone(),
         };
-        Box::new(Instance(Control::start(env, config)))
-    }
-}
-
-struct Instance(Control);
-
-impl ServerInstance for Instance {
-    fn phase(&self) -> ServerPhase {
-        match self.0.status() {
-            Status::Starting => ServerPhase::Starting,
-            Status::Up => ServerPhase::Up,
-            Status::Stopping => ServerPhase::Stopping,
-            Status::Down => ServerPhase::Down,
-        }
-    }
-
-    fn stop(&self) {
-        self.0.stop();
-    }
-
-    fn changed(&mut self) -> LocalBoxFuture<'_, ()> {
-        Box::pin(async move {
-            self.0.changed().await;
-        })
+        Box::new(Control::start(env, config))
     }
 }

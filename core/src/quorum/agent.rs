@@ -24,6 +24,8 @@ use tokio::sync::watch;
 pub trait ServerInstance {
     /// Where it is. `Down` only when it can not write any more.
     fn phase(&self) -> ServerPhase;
+    /// Tells it that FENCE is recorded: from now on it may write.
+    fn may_serve(&self);
     /// Asks it to stop; does not wait. Asking again does nothing.
     fn stop(&self);
     /// Completes when the phase differs from the last one seen here; never again
@@ -387,6 +389,11 @@ impl Agent {
             Effect::StartServer(term) => {
                 assert!(self.server_phase() == ServerPhase::Down, "one server");
                 self.server = Some(self.starter.start(&self.env, term));
+            }
+            Effect::MayServe => {
+                if let Some(server) = &self.server {
+                    server.may_serve();
+                }
             }
             Effect::StopServer => {
                 if let Some(server) = &self.server {

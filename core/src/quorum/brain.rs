@@ -7,7 +7,7 @@
 //! and does none of the rest.
 
 use super::config::Slots;
-use crate::env::{Duration, Time, probe};
+use crate::env::{Duration, Time, mutant, probe};
 use crate::format::{
     QUORUM_MAX_SLOTS, QUORUM_MSG_HEARTBEAT, QUORUM_MSG_REQUEST_VOTE, QUORUM_MSG_RESIGNATION,
     QUORUM_MSG_VOTE, QuorumEventKind, QuorumMessage,
@@ -36,7 +36,7 @@ impl Default for Policy {
 }
 
 /// Kinds of quorum messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum MessageKind {
     /// A candidate asks for a vote.
@@ -99,7 +99,7 @@ impl Message {
 }
 
 /// What the member believes to be.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Role {
     /// Follows whoever leads.
     #[default]
@@ -115,16 +115,19 @@ pub enum Role {
 pub enum ServerPhase {
     /// It can not write.
     Down,
-    /// It is on its way up.
+    /// It is on its way up, and writes nothing.
     Starting,
-    /// It serves; all earlier leaders are fenced.
+    /// All earlier leaders are fenced; it waits for that to be recorded, and
+    /// writes nothing.
+    Fenced,
+    /// It serves.
     Up,
     /// It was asked to stop, or stops by itself, and may still write.
     Stopping,
 }
 
 /// What the agent is to do next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
     /// Record an event in the own block, durably.
     Write(QuorumEventKind, u64),
@@ -134,6 +137,8 @@ pub enum Effect {
     Send(usize, MessageKind, u64),
     /// Start the own server for this term; do not wait.
     StartServer(u64),
+    /// Tell the own server that FENCE is recorded: from now on it may write.
+    MayServe,
     /// Ask the own server to stop; do not wait.
     StopServer,
 }
@@ -228,6 +233,11 @@ impl Brain {
     /// State for status files.
     pub const fn status(&self) -> Status {
         self.status
+    }
+
+    /// The term the agent started in, in which it does not vote.
+    pub const fn start_term(&self) -> u64 {
+        self.start_term
     }
 
     /// When to take the next turn without a message.
@@ -358,12 +368,22 @@ impl Brain {
             return;
         }
         let leads = self.status.role == Role::Leader;
-        if leads && !self.status.server_fenced && input.server == ServerPhase::Up {
+        let serves = leads && term == started;
+        if serves && !self.status.server_fenced && input.server == ServerPhase::Fenced {
             self.status.server_fenced = true;
+            // Recorded before the server writes anything: a later mount in this slot
+            // overwrites ELECT, and then only FENCE tells whom to fence.
             out.push(Effect::Write(QuorumEventKind::Fence, term));
+            out.push(Effect::MayServe);
+            if mutant("fence_recorded_late") {
+                out.rotate_right(1);
+            }
         }
-        let alive = matches!(input.server, ServerPhase::Starting | ServerPhase::Up);
-        if !(leads && term == started) && alive {
+        let alive = matches!(
+            input.server,
+            ServerPhase::Starting | ServerPhase::Fenced | ServerPhase::Up
+        );
+        if !serves && alive {
             out.push(Effect::StopServer);
         }
         if input.server == ServerPhase::Down {

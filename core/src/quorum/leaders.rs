@@ -1,6 +1,7 @@
 //! What quorum blocks say about leaders (spec 09 sections 4 and 9.2, 08 section 6).
 //! Pure functions.
 
+use crate::env::mutant;
 use crate::format::{QuorumBlock, QuorumEventKind};
 
 fn term(block: &QuorumBlock, kind: QuorumEventKind) -> u64 {
@@ -27,6 +28,21 @@ pub fn find_server<'a>(
             )
         })
         .map(|(slot, _)| slot)
+}
+
+/// Whether a leader of a greater term than `own_term` shows: the server of
+/// `own_term` must not start. Of two elected leaders each records ELECT before it
+/// reads the others' blocks, so one sees the other: the greater fences the lesser,
+/// unless it read too early, and then the lesser sees the greater, here. Without
+/// this rule a leader that was slow to record its election would start beside a
+/// later one (the original does).
+pub fn superseded<'a>(own_term: u64, blocks: impl IntoIterator<Item = &'a QuorumBlock>) -> bool {
+    if mutant("stale_leader_starts") {
+        return false;
+    }
+    blocks.into_iter().any(|block| {
+        term(block, QuorumEventKind::Elect).max(term(block, QuorumEventKind::Fence)) > own_term
+    })
 }
 
 /// An earlier leader that may still write.

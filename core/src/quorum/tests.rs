@@ -234,7 +234,7 @@ impl Cluster {
                     self.elected.entry(term).or_default().push(slot);
                 }
                 if kind == QuorumEventKind::Fence {
-                    assert_eq!(self.servers[slot], ServerPhase::Up);
+                    assert_eq!(self.servers[slot], ServerPhase::Fenced);
                 }
                 if kind == QuorumEventKind::Stop {
                     assert_eq!(self.servers[slot], ServerPhase::Down);
@@ -249,6 +249,11 @@ impl Cluster {
             Effect::StartServer(_) => {
                 assert_eq!(self.servers[slot], ServerPhase::Down, "one server");
                 self.servers[slot] = ServerPhase::Starting;
+            }
+            Effect::MayServe => {
+                if self.servers[slot] == ServerPhase::Fenced {
+                    self.servers[slot] = ServerPhase::Up;
+                }
             }
             Effect::StopServer => self.servers[slot] = ServerPhase::Stopping,
         }
@@ -282,7 +287,7 @@ impl Cluster {
             _ if !faults => {}
             60..70 => {
                 self.servers[any] = match self.servers[any] {
-                    ServerPhase::Starting => ServerPhase::Up,
+                    ServerPhase::Starting => ServerPhase::Fenced,
                     ServerPhase::Stopping => ServerPhase::Down,
                     other => other,
                 };
@@ -329,7 +334,7 @@ fn no_term_has_two_leaders_and_a_healed_cluster_has_one() {
         while cluster.now < end {
             for slot in 0..usize::from(n) {
                 cluster.servers[slot] = match cluster.servers[slot] {
-                    ServerPhase::Starting => ServerPhase::Up,
+                    ServerPhase::Starting => ServerPhase::Fenced,
                     ServerPhase::Stopping => ServerPhase::Down,
                     other => other,
                 };
@@ -372,9 +377,15 @@ fn a_single_slot_elects_itself_in_one_turn() {
         Effect::StartServer(7),
     ];
     assert_eq!(effects, wanted);
-    input.server = ServerPhase::Up;
-    assert_eq!(brain.step(input), [Effect::Write(Fence, 7)]);
+    input.server = ServerPhase::Fenced;
+    assert_eq!(
+        brain.step(input),
+        [Effect::Write(Fence, 7), Effect::MayServe],
+        "recorded before the server may write"
+    );
     assert_eq!(brain.step(input), [], "FENCE is written once");
+    input.server = ServerPhase::Up;
+    assert_eq!(brain.step(input), []);
     // The server stops by itself: resign, record it, and run again.
     input.server = ServerPhase::Down;
     let effects = brain.step(input);
@@ -487,6 +498,12 @@ impl ServerInstance for FakeServer {
     fn phase(&self) -> ServerPhase {
         self.phase.get()
     }
+    fn may_serve(&self) {
+        if self.phase.get() == ServerPhase::Fenced {
+            self.phase.set(ServerPhase::Up);
+            self.changed.wake_all();
+        }
+    }
     fn stop(&self) {
         if self.phase.get() != ServerPhase::Down {
             self.phase.set(ServerPhase::Stopping);
@@ -521,7 +538,7 @@ impl ServerStarter for FakeStarter {
         env.clone().spawn("fake server", async move {
             env.sleep(Duration::from_millis(50)).await;
             if at.get() == ServerPhase::Starting {
-                at.set(ServerPhase::Up);
+                at.set(ServerPhase::Fenced);
                 wake.wake_all();
             }
             let stopping = || (at.get() == ServerPhase::Stopping).then_some(());

@@ -17,7 +17,7 @@ use crate::env::{DeviceRole, Either, Env, Gate as Door, Listener, Signal, probe,
 use crate::format::SuperBlock;
 use crate::locks::omap::OmapServer;
 use crate::locks::server::LockServer;
-use crate::quorum::{Slots, fence_candidates};
+use crate::quorum::{Slots, fence_candidates, superseded};
 use crate::volume;
 use crate::wire::listener::{Connections, ListenerConfig, Origin};
 use std::cell::{Cell, RefCell};
@@ -285,6 +285,10 @@ async fn fence_leaders(env: &Env, config: &ServerConfig, fences: &Rc<Fences>) ->
             volume::read_quorum_block(&*meta, config.fsid, slot).await?,
         ));
     }
+    if superseded(config.term, blocks.iter().map(|(_, block)| block)) {
+        probe("server.fence.superseded");
+        return Err(ServerError::Superseded { term: config.term });
+    }
     let blocks = blocks.iter().map(|(slot, block)| (*slot, block));
     for leader in fence_candidates(config.term, config.rid, blocks) {
         let addr = slots
@@ -314,8 +318,11 @@ async fn start(
     env: &Env,
     config: &ServerConfig,
     fences: &Rc<Fences>,
+    handle: &Handle,
 ) -> Result<(Rc<Server>, Box<dyn Listener>)> {
     fence_leaders(env, config, fences).await?;
+    handle.set(Status::Fenced);
+    handle.may_serve().await;
     let listener = env.net.listen(config.addr).await?;
     let block_policy = Rc::new(config.block_policy.clone());
     let store = Store::open(env, config.policy.clone(), block_policy, config.fsid).await?;
@@ -331,14 +338,14 @@ async fn start(
 
 /// The whole life of one server instance (spec 09 section 6). Returns when the
 /// server is down: nothing of it can write any more.
-pub async fn run(env: Env, config: ServerConfig, mut handle: Handle) {
+pub async fn run(env: Env, config: ServerConfig, handle: Handle) {
     handle.set(Status::Starting);
     let (term, rid) = (config.term, config.rid);
     tracing::info!(term, rid = format_args!("{rid:016x}"), "server starts");
     let fences = Fences::new(&env, config.fence.clone(), config.policy.fence_timeout);
-    let started = race(handle.stop_asked(), start(&env, &config, &fences)).await;
+    let started = race(handle.stop_asked(), start(&env, &config, &fences, &handle)).await;
     match started {
-        Either::Right(Ok((server, listener))) => serve(&server, listener, &mut handle).await,
+        Either::Right(Ok((server, listener))) => serve(&server, listener, &handle).await,
         Either::Right(Err(err)) => {
             probe("server.start_failed");
             tracing::error!(%err, "the server could not start");
@@ -351,7 +358,7 @@ pub async fn run(env: Env, config: ServerConfig, mut handle: Handle) {
     handle.set(Status::Down);
 }
 
-async fn serve(server: &Rc<Server>, listener: Box<dyn Listener>, handle: &mut Handle) {
+async fn serve(server: &Rc<Server>, listener: Box<dyn Listener>, handle: &Handle) {
     let sup = server.store.stable();
     let policy = &server.config.policy;
     let mut config =

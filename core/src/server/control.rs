@@ -15,9 +15,11 @@ use tokio::sync::watch;
 /// Where a server instance is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Status {
-    /// Fencing earlier leaders, reading the super, preparing recovery.
+    /// Fencing earlier leaders. Writes nothing.
     Starting,
-    /// Accepting clients. All earlier leaders are fenced.
+    /// All earlier leaders are fenced; waits for [`Control::may_serve`]. Writes nothing.
+    Fenced,
+    /// Reading the super, preparing recovery, accepting clients.
     Up,
     /// Asked to stop, or stopping by itself; may still write.
     Stopping,
@@ -30,6 +32,7 @@ pub enum Status {
 pub struct Control {
     status: watch::Receiver<Status>,
     stop: Arc<watch::Sender<bool>>,
+    serve: Arc<watch::Sender<bool>>,
 }
 
 /// The server's end.
@@ -37,6 +40,7 @@ pub struct Control {
 pub struct Handle {
     status: watch::Sender<Status>,
     stop: watch::Receiver<bool>,
+    serve: watch::Receiver<bool>,
 }
 
 impl Control {
@@ -44,13 +48,16 @@ impl Control {
     pub fn pair() -> (Control, Handle) {
         let (status_tx, status_rx) = watch::channel(Status::Starting);
         let (stop_tx, stop_rx) = watch::channel(false);
+        let (serve_tx, serve_rx) = watch::channel(false);
         let control = Control {
             status: status_rx,
             stop: Arc::new(stop_tx),
+            serve: Arc::new(serve_tx),
         };
         let handle = Handle {
             status: status_tx,
             stop: stop_rx,
+            serve: serve_rx,
         };
         (control, handle)
     }
@@ -71,6 +78,12 @@ impl Control {
             return Status::Down;
         }
         *self.status.borrow()
+    }
+
+    /// Tells a server that has fenced everybody before it that this is recorded,
+    /// durably: now it may write.
+    pub fn may_serve(&self) {
+        self.serve.send_replace(true);
     }
 
     /// Asks the server to stop; does not wait.
@@ -102,10 +115,14 @@ impl crate::quorum::ServerInstance for Control {
     fn phase(&self) -> ServerPhase {
         match self.status() {
             Status::Starting => ServerPhase::Starting,
+            Status::Fenced => ServerPhase::Fenced,
             Status::Up => ServerPhase::Up,
             Status::Stopping => ServerPhase::Stopping,
             Status::Down => ServerPhase::Down,
         }
+    }
+    fn may_serve(&self) {
+        Control::may_serve(self);
     }
     fn stop(&self) {
         Control::stop(self);
@@ -123,9 +140,18 @@ impl Handle {
         self.status.send_replace(status);
     }
 
+    /// Waits for [`Control::may_serve`].
+    pub async fn may_serve(&self) {
+        let mut serve = self.serve.clone();
+        if serve.wait_for(|may| *may).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
     /// Waits for [`Control::stop`]; also if every handle was dropped.
-    pub async fn stop_asked(&mut self) {
-        let _ = self.stop.wait_for(|asked| *asked).await;
+    pub async fn stop_asked(&self) {
+        let mut stop = self.stop.clone();
+        let _ = stop.wait_for(|asked| *asked).await;
     }
 
     /// Whether [`Control::stop`] was called.

@@ -56,6 +56,12 @@ pub enum ServerError {
     /// The listening socket.
     #[error("{0}")]
     Net(#[from] NetError),
+    /// A leader of a later term was elected meanwhile.
+    #[error("a leader of a later term than {term} was elected: this server does not start")]
+    Superseded {
+        /// Our term.
+        term: u64,
+    },
     /// Someone could not be fenced.
     #[error("{0}")]
     Fence(#[from] FenceError),
@@ -120,7 +126,7 @@ impl ServerError {
             Self::LogTreesSeqs { .. } => Errno::EINVAL,
             Self::ItemSize { .. } | Self::ItemMissing(_) => Errno::EIO,
             Self::Device(DeviceError::Shut) => Errno::ENOLINK,
-            Self::Device(_) | Self::Net(_) | Self::Fence(_) => Errno::EIO,
+            Self::Device(_) | Self::Net(_) | Self::Fence(_) | Self::Superseded { .. } => Errno::EIO,
             Self::NoSpace => Errno::ENOSPC,
             Self::NotMounted { .. } => Errno::EINVAL,
             Self::Refused(errno) => *errno,

@@ -1,5 +1,6 @@
 //! The command line. Exit codes: 0 clean, 1 failures found, 2 could not run.
 
+mod explore;
 mod mutants;
 mod sweep;
 
@@ -28,6 +29,8 @@ enum Command {
     Replay(ReplayArgs),
     /// List the planted bugs, or hunt for them.
     Mutants(mutants::Args),
+    /// Explore the protocol brains exhaustively within small bounds.
+    Explore(explore::Args),
     /// Run the saved plans that once failed.
     Corpus {
         /// Where they are.
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(args) => sweep::run(&args),
         Command::Replay(args) => replay(&args),
         Command::Mutants(args) => mutants::run(&args),
+        Command::Explore(args) => explore::run(&args),
         Command::Corpus { dir } => corpus(&dir),
     };
     match result {
