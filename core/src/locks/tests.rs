@@ -660,3 +660,31 @@ mod omap {
         assert!(!has_bit(&local.answer(&args(4)), 904));
     }
 }
+
+/// After a failover a new server may grant an upgrade on the strength of the old
+/// mode it was told, while the cleanup for the old server still drops items: what
+/// is written under the new grant must not be dropped with them.
+#[test]
+fn a_grant_during_a_cleanup_waits_for_its_end() {
+    let scope = Scope::InodeGroup(0);
+    let key = scope.range().start;
+    let mut client = LockClient::new(Policy::default());
+    let mut out = Vec::new();
+    client.acquire(scope, Mode::Read, false, 1, &mut out);
+    let read = net_lock(&key, 0, Mode::Null, Mode::Read);
+    assert_eq!(client.grant(&read, &mut out), Granted::Applied);
+    let id = client.id_of(scope).expect("a held lock");
+    client.acquire(scope, Mode::Write, false, 2, &mut out);
+    client.invalidate(7, &net_lock(&key, 0, Mode::Read, Mode::Null), &mut out);
+    client.release(id, Mode::Read, 1, &mut out);
+    assert!(matches!(out.last(), Some(ClientAction::Revoke(_))));
+    out.clear();
+    let write = net_lock(&key, 5, Mode::Read, Mode::Write);
+    assert_eq!(client.grant(&write, &mut out), Granted::Kept);
+    assert_eq!(out, [], "nobody writes beside the cleanup");
+    let told = client.recover(&Key::ZEROS, 9);
+    assert_eq!((told[0].new_mode, told[0].write_seq.get()), (2, 5));
+    client.revoked(scope, &mut out);
+    assert!(out.contains(&ClientAction::Admit(2)));
+    assert_eq!(client.grant_of(id).0, Mode::Write);
+}

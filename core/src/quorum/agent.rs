@@ -9,6 +9,7 @@
 use super::block::{BlockIo, QuorumBlockError};
 use super::brain::{Brain, Effect, Input, Message, MessageKind, Policy, ServerPhase, Status};
 use super::config::Slots;
+use super::leaders::stop_would_hide;
 use super::leaders::unresolved;
 use crate::env::{
     Datagram, DeviceError, DeviceRole, Duration, Either, Env, LocalBoxFuture, NetError, probe, race,
@@ -407,6 +408,17 @@ impl Agent {
     async fn write(&self, kind: QuorumEventKind, term: u64) -> Result<(), QuorumBlockError> {
         tracing::info!(event = kind.name(), term, "quorum");
         let AgentConfig { slot, rid, .. } = self.config;
+        if kind == QuorumEventKind::Stop {
+            let mut blocks = Vec::new();
+            for (slot, _) in self.config.slots.iter() {
+                blocks.push((slot, self.io.read(slot).await?));
+            }
+            if stop_would_hide(rid, slot, &blocks) {
+                probe("quorum_stop_left_out");
+                tracing::warn!(term, "an earlier mount of this slot is not fenced: no STOP");
+                return Ok(());
+            }
+        }
         self.io
             .update(slot, kind, rid, term, self.env.clock.now())
             .await

@@ -45,6 +45,26 @@ pub fn superseded<'a>(own_term: u64, blocks: impl IntoIterator<Item = &'a Quorum
     })
 }
 
+/// Whether STOP in the block of `own_slot` would hide an earlier mount of this slot
+/// that led, may still write, and that nobody has fenced: readers take a FENCE
+/// below STOP as done with. That happens when a server stops before it has fenced
+/// its predecessor. STOP is then left out: the next leader fences us needlessly,
+/// if we are still there, but fences the predecessor too.
+pub fn stop_would_hide(own_rid: u64, own_slot: usize, blocks: &[(usize, QuorumBlock)]) -> bool {
+    if mutant("stop_hides_predecessor") {
+        return false;
+    }
+    let kind = QuorumEventKind::Fence;
+    let greatest = blocks.iter().map(|(_, block)| term(block, kind)).max();
+    let own = blocks.iter().find(|(slot, _)| *slot == own_slot);
+    own.is_some_and(|(_, block)| {
+        let fence = block.event(kind);
+        fence.rid.get() != own_rid
+            && fence.term.get() > term(block, QuorumEventKind::Stop)
+            && Some(fence.term.get()) == greatest
+    })
+}
+
 /// An earlier leader that may still write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LeaderCandidate {

@@ -24,7 +24,9 @@ pub use agent::{
 pub use block::{BlockIo, QuorumBlockError};
 pub use brain::{Brain, Policy, Role, ServerPhase, Status};
 pub use config::{ConfigError, Slots};
-pub use leaders::{LeaderCandidate, fence_candidates, find_server, superseded, unresolved};
+pub use leaders::{
+    LeaderCandidate, fence_candidates, find_server, stop_would_hide, superseded, unresolved,
+};
 
 #[cfg(test)]
 mod tests;

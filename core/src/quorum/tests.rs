@@ -5,7 +5,7 @@ use super::agent::{
 };
 use super::brain::{Brain, Effect, Input, Message, MessageKind, Policy, ServerPhase};
 use super::config::{ConfigError, Slots};
-use super::leaders::{LeaderCandidate, fence_candidates};
+use super::leaders::{LeaderCandidate, fence_candidates, stop_would_hide, superseded};
 use crate::env::testing::{TestEntropy, TestWorld};
 use crate::env::testnet::{TestNet, TestNetHandle};
 use crate::env::{Duration, Entropy, Env, LocalBoxFuture, Signal, Time};
@@ -56,6 +56,20 @@ fn the_fence_decisions_of_the_spec() {
     let two = block((8, B), (5, A), (0, 0));
     assert_eq!(fenced(&[two, QuorumBlock::default()]), [(B, 8), (A, 5)]);
     assert_eq!(fenced(&[two, stopped7]), [(B, 8)]);
+    assert!(!superseded(T, &[stopped7, two]));
+    assert!(superseded(T, &[block((10, C), (0, 0), (0, 0))]));
+    assert!(
+        superseded(T, &[block((10, C), (10, C), (10, C))]),
+        "also if it has stopped again"
+    );
+    // A served in this slot at 7; OWN was elected there at 8 and could not fence it.
+    let heir = block((8, OWN), (7, A), (0, 0));
+    assert!(stop_would_hide(OWN, 0, &[(0, heir)]));
+    assert!(stop_would_hide(OWN, 0, &[(0, heir), (1, stopped7)]));
+    let fenced9 = block((9, C), (9, C), (9, C));
+    assert!(!stop_would_hide(OWN, 0, &[(0, heir), (1, fenced9)]));
+    let came_up = block((8, OWN), (8, OWN), (0, 0));
+    assert!(!stop_would_hide(OWN, 0, &[(0, came_up)]));
     let own = block((9, OWN), (0, 0), (0, 0));
     assert_eq!(fenced(&[own, block((10, C), (0, 0), (0, 0))]), []);
 }

@@ -17,7 +17,8 @@ use outrider_core::env::Time;
 use outrider_core::format::{InetAddr, QuorumBlock, QuorumConfig, QuorumEventKind};
 use outrider_core::quorum::brain::{Effect, Input, Message, MessageKind};
 use outrider_core::quorum::{
-    Brain, Policy, Role, ServerPhase, Slots, fence_candidates, superseded, unresolved,
+    Brain, Policy, Role, ServerPhase, Slots, fence_candidates, stop_would_hide, superseded,
+    unresolved,
 };
 use std::collections::VecDeque;
 use std::hash::Hasher;
@@ -241,6 +242,10 @@ impl Election {
         let rid = state.members[who].rid;
         if state.fenced & bit(rid) != 0 {
             return false;
+        }
+        let blocks: Vec<_> = state.blocks.iter().map(block_of).enumerate().collect();
+        if kind == QuorumEventKind::Stop && stop_would_hide(u64::from(rid), who, &blocks) {
+            return true;
         }
         state.blocks[who][kind as usize] = (rid, term);
         true
@@ -553,7 +558,7 @@ impl System for Election {
         Ok(next)
     }
 
-    fn check(&self, state: &State, last: bool) -> Result<(), String> {
+    fn check(&self, state: &State, _last: bool) -> Result<(), String> {
         let writers = state.writers & !state.fenced;
         if writers.count_ones() > 1 {
             return Err(format!(
@@ -571,9 +576,6 @@ impl System for Election {
                     "block of slot {slot} has a FENCE or STOP after its ELECT (2)"
                 ));
             }
-        }
-        if last {
-            return Err("nothing can happen any more".to_owned());
         }
         Ok(())
     }

@@ -48,6 +48,12 @@ fn a_server_that_writes_before_its_fence_is_recorded_is_seen() {
 }
 
 #[test]
+fn a_stop_that_hides_an_unfenced_predecessor_is_seen() {
+    let text = broken("stop_hides_predecessor", "lone-member");
+    assert!(text.contains("two mounts may write"), "{text}");
+}
+
+#[test]
 fn a_grant_taken_while_the_cleanup_runs_is_seen() {
     let text = broken("early_grant_applied", "readers-and-writer");
     assert!(text.contains("cleans up"), "{text}");
