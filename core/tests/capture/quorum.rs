@@ -219,6 +219,9 @@ impl ServerInstance for Instance {
     fn phase(&self) -> ServerPhase {
         self.script.get()
     }
+    fn may_serve(&self) {
+        self.script.set(ServerPhase::Up);
+    }
     fn stop(&self) {
         // Nothing to write back in this server: it is down at once.
         self.script.set(ServerPhase::Down);
@@ -360,7 +363,7 @@ fn our_members_say_and_record_what_the_captured_ones_did() {
         let s2 = cluster.mount(2, RIDS[2], 90);
         cluster.pass(500).await;
         assert!(s0.leads());
-        s0.server.set(ServerPhase::Up);
+        s0.server.set(ServerPhase::Fenced);
         cluster.pass(1000).await;
         cluster.compare("01-mounted");
         cluster.pass(20_000).await;
@@ -369,7 +372,7 @@ fn our_members_say_and_record_what_the_captured_ones_did() {
         s0.stop.send_replace(AgentStop::Unmount);
         cluster.pass(1000).await;
         assert!(s1.leads());
-        s1.server.set(ServerPhase::Up);
+        s1.server.set(ServerPhase::Fenced);
         cluster.pass(1000).await;
         cluster.compare("03-leader-unmounted");
         let s0 = cluster.mount(0, rid_in("04-remounted", 0), 90);
@@ -382,7 +385,7 @@ fn our_members_say_and_record_what_the_captured_ones_did() {
         cluster.pass(13_000).await;
         assert!(s2.leads() && !s0.leads());
         cluster.compare("05-leader-forced");
-        s2.server.set(ServerPhase::Up);
+        s2.server.set(ServerPhase::Fenced);
         cluster.pass(1000).await;
         cluster.compare("06-leader-fenced");
         let s1 = cluster.mount(1, rid_in("07-client-fenced", 1), 50);
