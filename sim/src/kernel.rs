@@ -68,9 +68,22 @@ struct Pages {
 struct Maps {
     names: BTreeMap<(Ino, Bytes), (Ino, u64)>,
     attrs: BTreeMap<Ino, CachedAttr>,
-    versions: BTreeMap<Ino, u64>,
+    versions: Versions,
     pages: BTreeMap<Ino, Pages>,
     lookups: BTreeMap<Ino, u64>,
+}
+
+/// How often the attributes of each inode changed here.
+#[derive(Clone, Default)]
+struct Versions {
+    each: BTreeMap<Ino, u64>,
+    all: u64,
+}
+
+impl Versions {
+    fn of(&self, ino: Ino) -> u64 {
+        self.all + self.each.get(&ino).copied().unwrap_or(0)
+    }
 }
 
 type Locks = RefCell<BTreeMap<Ino, Rc<LockOfInode>>>;
@@ -129,13 +142,13 @@ impl Caches {
     }
 
     fn version(&self, ino: Ino) -> u64 {
-        self.maps.borrow().versions.get(&ino).copied().unwrap_or(0)
+        self.maps.borrow().versions.of(ino)
     }
 
     /// The attributes of an inode changed here.
     fn touch(&self, ino: Ino) {
         let mut maps = self.maps.borrow_mut();
-        *maps.versions.entry(ino).or_default() += 1;
+        *maps.versions.each.entry(ino).or_default() += 1;
         maps.attrs.remove(&ino);
     }
 
@@ -441,7 +454,7 @@ impl<P: Posix> Kernel<P> {
                 *handle = Some(self.opened(ino, &opened));
                 self.caches
                     .keep_name(*dir, name, ino, entry.entry_valid, epoch);
-                self.entered(&entry, before.get(&ino).copied().unwrap_or(0))
+                self.entered(&entry, before.of(ino))
             }
             Call::Tmpfile { dir, mode } => {
                 let (entry, opened) = fs.tmpfile(cx, *dir, *mode, UMASK, O_RDWR).await?;
@@ -566,7 +579,7 @@ impl<P: Posix> Kernel<P> {
         if ino == 0 {
             return Err(Errno::ENOENT);
         }
-        Ok(self.entered(&entry, before.get(&ino).copied().unwrap_or(0)))
+        Ok(self.entered(&entry, before.of(ino)))
     }
 
     async fn getattr(&self, ino: Ino) -> Result<Attr, Errno> {
@@ -744,10 +757,9 @@ impl<P: Posix> Kernel<P> {
             Some((ino, _)) if ino != 0 => self.caches.touch(ino),
             // The kernel would know the inode; here everybody's links may have changed.
             _ => {
-                let all: Vec<Ino> = self.caches.maps.borrow().attrs.keys().copied().collect();
-                for ino in all {
-                    self.caches.touch(ino);
-                }
+                let mut maps = self.caches.maps.borrow_mut();
+                maps.versions.all += 1;
+                maps.attrs.clear();
             }
         }
         self.caches.drop_name(dir, name);
