@@ -99,6 +99,8 @@ pub struct Oracle {
     lost: bool,
     unjudged: u64,
     steps: u64,
+    /// Steps that the searches of one judgement may take.
+    budget: u64,
 }
 
 /// How many steps the searches of one judgement may take.
@@ -118,6 +120,7 @@ impl Oracle {
             lost: false,
             unjudged: 0,
             steps: 0,
+            budget: BUDGET,
         }
     }
 
@@ -214,10 +217,10 @@ impl Oracle {
             self.unjudged += 1;
             return Ok(());
         }
-        let mut left = BUDGET;
+        let mut left = self.budget;
         let last = self.chain.len();
         let outcome = self.chain.nth(last, 0, &mut left);
-        self.steps += BUDGET - left;
+        self.steps += self.budget - left;
         match outcome {
             Nth::State => Ok(()),
             Nth::GaveUp => {
@@ -244,13 +247,13 @@ impl Oracle {
     /// If no allowed state is what was observed.
     pub fn recovered(&mut self, observed: &Model) -> Result<(), Violation> {
         self.close_window();
-        let mut left = BUDGET;
+        let mut left = self.budget;
         let verdict = if self.lost {
             Some(Ok(()))
         } else {
             cut::judge(&mut self.chain, observed, &mut left)
         };
-        self.steps += BUDGET - left;
+        self.steps += self.budget - left;
         if verdict.is_none() {
             self.unjudged += 1;
         }

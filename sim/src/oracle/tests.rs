@@ -2,7 +2,7 @@ use super::*;
 use crate::model::{ROOT, S_IFDIR, S_IFREG, Stamp};
 use bytes::Bytes;
 use outrider_core::env::WallTime;
-use outrider_core::fs::api::{Attr, Ino};
+use outrider_core::fs::api::{Attr, Ino, SetAttr};
 
 fn cx(start: u64, end: u64) -> Context {
     Context {
@@ -192,4 +192,398 @@ fn a_window_of_reads_makes_nothing_durable() {
         let lost = start(true).recovered(state).unwrap_err();
         assert_eq!(lost.kind, "durability");
     }
+}
+
+fn name(text: &'static str) -> Bytes {
+    Bytes::from_static(text.as_bytes())
+}
+
+fn lookup(text: &'static str) -> Call {
+    Call::Lookup {
+        dir: ROOT,
+        name: name(text),
+    }
+}
+
+fn write(ino: Ino, offset: u64, len: u32, tag: u64) -> Call {
+    Call::Write {
+        ino,
+        offset,
+        len,
+        tag,
+        append: false,
+        sync: false,
+    }
+}
+
+fn chmod(ino: Ino, mode: u32) -> Call {
+    let set = SetAttr {
+        mode: Some(mode),
+        ..SetAttr::default()
+    };
+    Call::Setattr { ino, set }
+}
+
+fn truncate(ino: Ino, size: u64) -> Call {
+    let set = SetAttr {
+        size: Some(size),
+        ..SetAttr::default()
+    };
+    Call::Setattr { ino, set }
+}
+
+/// The answer that gives the attributes of a file.
+fn attr(ino: Ino, mode: u32, size: u64, blocks: u64) -> Reply {
+    let Reply::Entry(attr) = made(ino) else {
+        unreachable!("made gives an entry");
+    };
+    Reply::Attr(Attr {
+        mode: S_IFREG | mode,
+        size,
+        blocks: blocks * 8,
+        ..attr
+    })
+}
+
+/// The state after some calls, one after the other.
+fn state_after(calls: &[(Call, Reply)]) -> Model {
+    let mut o = oracle();
+    for (call, reply) in calls {
+        run(&mut o, call.clone(), reply.clone(), 1, 2);
+    }
+    o.quiet().unwrap();
+    o.state().after_crash()
+}
+
+/// An oracle whose volume holds file 1024 with 4 blocks of tag 1, durable.
+fn with_file() -> Oracle {
+    let mut o = oracle();
+    for (call, reply) in file() {
+        run(&mut o, call, reply, 1, 2);
+    }
+    run(&mut o, Call::Syncfs, Reply::Done, 3, 4);
+    o.quiet().unwrap();
+    o
+}
+
+fn file() -> [(Call, Reply); 2] {
+    [
+        (create("f"), made(1024)),
+        (write(1024, 0, 16384, 1), Reply::Number(16384)),
+    ]
+}
+
+fn refused(o: &mut Oracle, observed: &Model) {
+    let violation = o.recovered(observed).unwrap_err();
+    assert_eq!(violation.kind, "durability", "{}", violation.text);
+    assert_eq!(o.unjudged(), 0);
+}
+
+#[test]
+fn one_moment_has_an_order() {
+    let mut o = oracle();
+    run(&mut o, create("a"), made(1024), 10, 10);
+    run(&mut o, lookup("a"), made(1024), 10, 10);
+    o.quiet().unwrap();
+    let mut o = oracle();
+    run(&mut o, create("a"), made(1024), 10, 10);
+    run(&mut o, lookup("a"), Reply::Err(Errno::ENOENT), 10, 10);
+    assert_eq!(o.quiet().unwrap_err().kind, "answers");
+}
+
+#[test]
+fn what_a_later_window_shows_decides_an_order_of_an_earlier_one() {
+    let start = || {
+        let mut o = with_file();
+        let full = Reply::Number(4096);
+        play(
+            &mut o,
+            &[
+                (write(1024, 0, 4096, 7), full.clone(), 10, 20),
+                (write(1024, 0, 4096, 8), full, 11, 21),
+            ],
+        );
+        o.quiet().unwrap();
+        // Nothing that tells them apart.
+        run(&mut o, lookup("f"), attr_entry(), 30, 31);
+        o.quiet().unwrap();
+        o
+    };
+    let read = Call::Read {
+        ino: 1024,
+        offset: 0,
+        len: 4096,
+    };
+    let bytes = |tag| Reply::Bytes(crate::model::pattern(tag, 0, 4096));
+    for tag in [7, 8] {
+        let mut o = start();
+        run(&mut o, read.clone(), bytes(tag), 40, 41);
+        o.quiet().unwrap();
+        // From now on it is known.
+        run(&mut o, read.clone(), bytes(15 - tag), 50, 51);
+        assert_eq!(o.quiet().unwrap_err().kind, "answers");
+    }
+    let mut o = start();
+    run(&mut o, read.clone(), bytes(1), 40, 41);
+    assert_eq!(o.quiet().unwrap_err().kind, "answers");
+    // After a crash, too.
+    let [first, second] = file();
+    let both = |tags: [u64; 2]| {
+        let full = Reply::Number(4096);
+        let mut calls = vec![first.clone(), second.clone()];
+        calls.extend(tags.map(|tag| (write(1024, 0, 4096, tag), full.clone())));
+        state_after(&calls)
+    };
+    for tags in [[7, 8], [8, 7]] {
+        let mut o = start();
+        run(&mut o, Call::Syncfs, Reply::Done, 60, 61);
+        o.quiet().unwrap();
+        o.recovered(&both(tags)).unwrap();
+        let mut o = start();
+        run(&mut o, Call::Syncfs, Reply::Done, 60, 61);
+        o.quiet().unwrap();
+        refused(&mut o, &both([7, 9]));
+    }
+}
+
+fn attr_entry() -> Reply {
+    let Reply::Attr(attr) = attr(1024, 0o644, 16384, 4) else {
+        unreachable!("attr gives attributes");
+    };
+    Reply::Entry(attr)
+}
+
+#[test]
+fn a_tangle_of_calls_is_judged() {
+    let names: Vec<&'static str> = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"].to_vec();
+    let tangle = || -> Vec<(Call, Reply, u64, u64)> {
+        let creates = names.iter().enumerate().map(|(index, name)| {
+            let ino = 1024 + index as Ino;
+            (
+                create(name),
+                made(ino),
+                10 + index as u64,
+                100 + index as u64,
+            )
+        });
+        let lookups = names.iter().enumerate().map(|(index, name)| {
+            let ino = 1024 + index as Ino;
+            let reply = if index % 2 == 0 {
+                made(ino)
+            } else {
+                Reply::Err(Errno::ENOENT)
+            };
+            (lookup(name), reply, 30, 95)
+        });
+        creates.chain(lookups).collect()
+    };
+    let mut o = oracle();
+    play(&mut o, &tangle());
+    o.quiet().unwrap();
+    let mut o = oracle();
+    let mut calls = tangle();
+    // One thing is wrong: it is gone after it was made.
+    calls.push((lookup("j"), Reply::Err(Errno::ENOENT), 120, 130));
+    play(&mut o, &calls);
+    assert_eq!(o.quiet().unwrap_err().kind, "answers");
+    assert_eq!(o.unjudged(), 0);
+    // Any of them may be there after a crash, but no more than those.
+    let some = |chosen: &[usize]| {
+        let calls: Vec<_> = chosen
+            .iter()
+            .map(|index| (create(names[*index]), made(1024 + *index as Ino)))
+            .collect();
+        state_after(&calls)
+    };
+    let crashed = || {
+        let mut o = oracle();
+        play(&mut o, &tangle());
+        o.quiet().unwrap();
+        o
+    };
+    crashed().recovered(&some(&[7, 2, 9])).unwrap();
+    let mut twice = some(&[7, 2]);
+    twice.get_mut(ROOT).nlink += 1;
+    refused(&mut crashed(), &twice);
+}
+
+#[test]
+fn what_nobody_answered_may_have_happened() {
+    let rename = Call::Rename {
+        dir: ROOT,
+        name: name("c"),
+        to: ROOT,
+        new: name("d"),
+        noreplace: false,
+    };
+    let start = || {
+        let mut o = oracle();
+        o.begin(create("c"), cx(10, 10));
+        run(&mut o, rename.clone(), Reply::Done, 20, 30);
+        let unlink = Call::Unlink {
+            dir: ROOT,
+            name: name("d"),
+        };
+        o.begin(unlink, cx(40, 40));
+        o
+    };
+    let created = (create("c"), made(1030));
+    start().recovered(&state_after(&[])).unwrap();
+    let made_only = state_after(std::slice::from_ref(&created));
+    start().recovered(&made_only).unwrap();
+    let moved = state_after(&[created.clone(), (rename.clone(), Reply::Done)]);
+    start().recovered(&moved).unwrap();
+    let other = state_after(&[created, (create("d"), made(1031))]);
+    refused(&mut start(), &other);
+}
+
+#[test]
+fn what_failed_did_nothing_after_it_said_so() {
+    let start = || {
+        let mut o = with_file();
+        let mut faulty = cx(10, 20);
+        faulty.tolerance.io = true;
+        let number = o.begin(chmod(1024, 0o600), faulty);
+        o.end(number, Reply::Err(Errno::EIO), faulty);
+        let done = attr(1024, 0o700, 16384, 4);
+        run(&mut o, chmod(1024, 0o700), done, 30, 40);
+        o
+    };
+    let with_mode = |mode| {
+        let [first, second] = file();
+        let changed = (chmod(1024, mode), attr(1024, mode, 16384, 4));
+        state_after(&[first, second, changed])
+    };
+    for mode in [0o644, 0o600, 0o700] {
+        start().recovered(&with_mode(mode)).unwrap();
+    }
+    refused(&mut start(), &with_mode(0o640));
+    // Once the second one is promised the first cannot show.
+    let synced = || {
+        let mut o = start();
+        run(&mut o, Call::Syncfs, Reply::Done, 50, 60);
+        o
+    };
+    synced().recovered(&with_mode(0o700)).unwrap();
+    refused(&mut synced(), &with_mode(0o600));
+}
+
+#[test]
+fn parts_of_large_writes_may_be_there_but_nothing_after_what_is_missing() {
+    let start = || {
+        let mut o = oracle();
+        for (name, ino) in [("a", 1024), ("b", 1025)] {
+            run(&mut o, create(name), made(ino), 1, 2);
+        }
+        run(&mut o, Call::Syncfs, Reply::Done, 3, 4);
+        o.quiet().unwrap();
+        o
+    };
+    let base = [(create("a"), made(1024)), (create("b"), made(1025))];
+    let wrote = |ino, len: u32| (write(ino, 0, len, 5), Reply::Number(u64::from(len)));
+    let state = |writes: &[(Call, Reply)]| {
+        let calls: Vec<_> = base.iter().chain(writes).cloned().collect();
+        state_after(&calls)
+    };
+    let both = || {
+        let mut o = start();
+        o.begin(write(1024, 0, 20_000, 5), cx(10, 10));
+        o.begin(write(1025, 0, 20_000, 5), cx(11, 11));
+        o
+    };
+    both().recovered(&state(&[])).unwrap();
+    both().recovered(&state(&[wrote(1024, 8192)])).unwrap();
+    let parts = state(&[wrote(1024, 4096), wrote(1025, 12288)]);
+    both().recovered(&parts).unwrap();
+    let mut wrong = parts.clone();
+    wrong.get_mut(1025).size = 20_000;
+    refused(&mut both(), &wrong);
+    // One after the other: a part of the second one needs all of the first.
+    let sequence = || {
+        let mut o = start();
+        run(
+            &mut o,
+            write(1024, 0, 20_000, 5),
+            Reply::Number(20_000),
+            10,
+            20,
+        );
+        o.begin(write(1025, 0, 20_000, 5), cx(21, 21));
+        o
+    };
+    let whole = state(&[wrote(1024, 20_000), wrote(1025, 4096)]);
+    sequence().recovered(&whole).unwrap();
+    refused(&mut sequence(), &parts);
+}
+
+#[test]
+fn blocks_behind_the_end_are_left_by_a_truncate_that_was_not_promised() {
+    let start = |sync: bool| {
+        let mut o = with_file();
+        run(
+            &mut o,
+            truncate(1024, 5000),
+            attr(1024, 0o644, 5000, 2),
+            10,
+            20,
+        );
+        if sync {
+            run(&mut o, Call::Syncfs, Reply::Done, 30, 40);
+        }
+        o
+    };
+    let [first, second] = file();
+    let long = state_after(&[first.clone(), second.clone()]);
+    let cut = (truncate(1024, 5000), attr(1024, 0o644, 5000, 2));
+    let short = state_after(&[first, second, cut]);
+    let mut between = short.clone();
+    let left = std::rc::Rc::clone(&long.get(1024).unwrap().blocks[&3]);
+    between.get_mut(1024).blocks.insert(3, left);
+    for state in [&long, &between, &short] {
+        start(false).recovered(state).unwrap();
+    }
+    start(true).recovered(&short).unwrap();
+    refused(&mut start(true), &between);
+    refused(&mut start(true), &long);
+}
+
+#[test]
+fn names_are_listed_after_a_crash_as_they_were_made() {
+    let start = || {
+        let mut o = oracle();
+        run(&mut o, create("b"), made(1024), 10, 20);
+        run(&mut o, create("a"), made(1025), 30, 40);
+        run(&mut o, Call::Syncfs, Reply::Done, 50, 60);
+        o
+    };
+    let calls = [(create("b"), made(1024)), (create("a"), made(1025))];
+    let right = state_after(&calls);
+    start().recovered(&right).unwrap();
+    let mut wrong = right.clone();
+    let root = wrong.get_mut(ROOT);
+    let (a, b) = (root.entries[&name("a")], root.entries[&name("b")]);
+    root.entries.get_mut(&name("a")).unwrap().born = b.born;
+    root.entries.get_mut(&name("b")).unwrap().born = a.born;
+    refused(&mut start(), &wrong);
+}
+
+#[test]
+fn after_a_search_was_given_up_nothing_is_judged_until_the_state_is_seen() {
+    let mut o = oracle();
+    o.budget = 1;
+    run(&mut o, create("a"), made(1024), 10, 20);
+    run(&mut o, create("b"), made(1025), 30, 40);
+    o.quiet().unwrap();
+    o.budget = BUDGET;
+    // Wrong, or not: nobody knows.
+    run(&mut o, lookup("a"), Reply::Err(Errno::ENOENT), 50, 60);
+    o.quiet().unwrap();
+    assert_eq!(o.unjudged(), 2);
+    o.recovered(&state_after(&[(create("b"), made(1025))]))
+        .unwrap();
+    run(&mut o, lookup("a"), Reply::Err(Errno::ENOENT), 70, 80);
+    o.quiet().unwrap();
+    run(&mut o, lookup("b"), Reply::Err(Errno::ENOENT), 90, 91);
+    assert_eq!(o.quiet().unwrap_err().kind, "answers");
+    assert_eq!(o.unjudged(), 2);
 }
