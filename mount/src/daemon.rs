@@ -15,6 +15,7 @@
 use crate::asking::Asking;
 use crate::fence::{AssumeDead, LocalAgent, Registry};
 use crate::kernel::{self, KernelError, KernelOptions, Unmount};
+use crate::key_file::{self, KeyFileError};
 use crate::notify::Notifier;
 use crate::options::{FenceChoice, MountOptions};
 use crate::rundir::{self, Facts, RunDir};
@@ -22,6 +23,7 @@ use crate::session::{Ended, Session, SessionOptions};
 use outrider_core::env::{DeviceRole, Duration, Either, Env, Gate, race};
 use outrider_core::errno::Errno;
 use outrider_core::node::{Mount, MountError};
+use outrider_core::secure::ClusterKey;
 use outrider_core::server::FenceAgent;
 use outrider_core::volume::{MountSupers, VolumeError, read_mount_supers};
 use outrider_disk::lock::try_lock_file;
@@ -85,6 +87,9 @@ pub enum DaemonError {
     /// The volume could not be mounted.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// The cluster key cannot be read.
+    #[error(transparent)]
+    Key(#[from] KeyFileError),
     /// The mount was cut off; what was not synced is lost.
     #[error("the mount was forced to end: what was not synced is lost")]
     Forced,
@@ -99,6 +104,7 @@ impl DaemonError {
             Self::Path { source, .. } | Self::System { source, .. } => {
                 Errno(source.raw_os_error().unwrap_or(Errno::EIO.0))
             }
+            Self::Key(error) => Errno(error.raw_os_error()),
             Self::Kernel(_) | Self::Forced => Errno::EIO,
         }
     }
@@ -170,6 +176,9 @@ pub fn run(config: &DaemonConfig, ready: impl FnOnce()) -> Result<(), DaemonErro
         mountpoint,
         ..config.clone()
     };
+    let key = config.options.cluster_key.as_deref().map(key_file::read);
+    let key = key.transpose()?;
+    raise_descriptor_limit();
     let held = hold_run_file(&config.mountpoint)?;
     detach_dead(&config.mountpoint);
     kernel::check_mountpoint(&config.mountpoint)?;
@@ -186,13 +195,30 @@ pub fn run(config: &DaemonConfig, ready: impl FnOnce()) -> Result<(), DaemonErro
         io: IoConfig::default(),
     });
     let result = runtime
-        .run(|env| serve(env, config, rid, signals, ready))
+        .run(|env| serve(env, config, (rid, key), signals, ready))
         .map_err(system("event loop"))
         .and_then(|served| served);
     runtime.join();
     drop(net);
     drop(held);
     result
+}
+
+/// Lets this process have as many descriptors as the system allows: strangers'
+/// sockets must not cost it its own.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            ..limit
+        },
+    );
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of descriptors stays as it is");
+    }
 }
 
 fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
@@ -221,7 +247,7 @@ fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
 async fn serve(
     env: Env,
     config: &DaemonConfig,
-    rid: u64,
+    (rid, key): (u64, Option<ClusterKey>),
     signals: Arc<OwnedFd>,
     ready: impl FnOnce(),
 ) -> Result<(), DaemonError> {
@@ -237,13 +263,9 @@ async fn serve(
     let fence = fence_agent(options.fence, registry, fsid, fence_dir);
     let notifier = Rc::new(Notifier::new().map_err(system("notifier thread"))?);
     let give_up = Gate::default();
-    let mounting = Mount::start(
-        &env,
-        rid,
-        options.node_config(fence),
-        notifier.clone(),
-        &give_up,
-    );
+    let mut node = options.node_config(fence);
+    node.cluster_key = key;
+    let mounting = Mount::start(&env, rid, node, notifier.clone(), &give_up);
     let mount = match race(mounting, next_signal(&signals)).await {
         Either::Left(mounted) => mounted?,
         // The process ends: what waits with it is gone, as after a crash.

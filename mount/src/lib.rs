@@ -24,6 +24,7 @@ pub mod daemon;
 pub mod fence;
 pub mod ioctl;
 pub mod kernel;
+pub mod key_file;
 pub mod notify;
 pub mod options;
 pub mod reply;

@@ -68,6 +68,8 @@ pub struct MountOptions {
     pub fence: FenceChoice,
     /// `run_dir`: where the runtime directory is made; ours.
     pub run_dir: Option<PathBuf>,
+    /// `cluster_key`: file of the volume's key; ours.
+    pub cluster_key: Option<PathBuf>,
     /// `ro`.
     pub read_only: bool,
     /// `allow_other`: other users than the daemon's may use the mount.
@@ -92,6 +94,7 @@ impl Default for MountOptions {
             keepalive: Duration::from_millis(24_000),
             fence: FenceChoice::Local,
             run_dir: None,
+            cluster_key: None,
             read_only: false,
             allow_other: false,
             flags: Vec::new(),
@@ -205,6 +208,12 @@ impl MountOptions {
                     "is local, agent or assume-dead".into(),
                 ));
             }
+            ("cluster_key", Some(path)) if !path.is_empty() => {
+                self.cluster_key = Some(PathBuf::from(path));
+            }
+            ("cluster_key", _) => {
+                return Err(OptionError::Value(name.into(), "needs a file".into()));
+            }
             ("ro", None) => self.read_only = true,
             ("rw" | "defaults", None) => {}
             ("allow_other", None) => self.allow_other = true,
@@ -302,6 +311,7 @@ mod tests {
             ("metadev_path=x,acl=1", "acl"),
             ("metadev_path=x,fence=maybe", "fence"),
             ("metadev_path=x,run_dir=here", "run_dir"),
+            ("metadev_path=x,cluster_key", "cluster_key"),
         ] {
             let error = MountOptions::parse(text).unwrap_err();
             assert!(error.to_string().contains(named), "{text}: {error}");

@@ -18,6 +18,8 @@ use tokio::sync::oneshot;
 const BACKLOG: i32 = 255;
 /// Probes that may stay unanswered on an idle connection, one each second.
 const KEEPALIVE_PROBES: u32 = 3;
+/// Bytes of datagrams that may wait to be received.
+const DATAGRAM_BUFFER: usize = 1 << 20;
 /// Pause after an accept that failed for want of memory or descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -215,6 +217,8 @@ impl Transport for Tcp {
         self.entered(async move {
             let socket = std::net::UdpSocket::bind(addr)?;
             socket.set_nonblocking(true)?;
+            // Room for heartbeats among a flood; the system may give less.
+            let _ = SockRef::from(&socket).set_recv_buffer_size(DATAGRAM_BUFFER);
             UdpSocket::from_std(socket)
         })
     }

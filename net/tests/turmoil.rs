@@ -1,5 +1,6 @@
 //! Client and listener over a simulated TCP that partitions, holds, resets and
-//! crashes hosts: every request is answered once, whatever happens to the network.
+//! crashes hosts, with strangers among them, without and with a cluster key: every
+//! request is answered once, whatever happens to the network.
 
 #![allow(
     missing_docs,
@@ -12,16 +13,17 @@ mod host;
 use bytes::Bytes;
 use outrider_core::client::{Client, ClientConfig, Incoming};
 use outrider_core::env::testing::{MemDevice, TestEntropy};
-use outrider_core::env::{Duration, Entropy, Env, LocalBoxFuture, NetError};
+use outrider_core::env::{Duration, Entropy, Env, LocalBoxFuture, NetError, timeout};
 use outrider_core::errno::Errno;
 use outrider_core::format::{
     InetAddr, Key, Magic, NetCmd, NetLock, OpenInoMap, OpenInoMapArgs, QUORUM_BLKNO, QuorumBlock,
     QuorumEventKind, SM_BLOCK_SIZE, SUPER_BLKNO, SuperBlock, init_header, seal,
 };
+use outrider_core::secure::{ClusterKey, secured};
 use outrider_core::wire::{Connections, GreetingInfo, ListenerConfig, Origin, ServerHooks};
 use outrider_net::transport::{Connected, Connecting, Transport, TransportNetwork};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::pin::Pin;
@@ -196,11 +198,16 @@ impl ServerHooks for Server {
 }
 
 /// A host that leads in the next term each time it starts.
-async fn serve(meta: MemDevice, slot: usize, terms: Rc<Cell<u64>>) -> turmoil::Result {
+async fn serve(
+    meta: MemDevice,
+    slot: usize,
+    terms: Rc<Cell<u64>>,
+    key: Option<ClusterKey>,
+) -> turmoil::Result {
     let term = terms.get() + 1;
     terms.set(term);
     let net = Rc::new(TransportNetwork::new(Turmoil));
-    let env = host::env(net, meta.clone(), term);
+    let env = secured(&host::env(net, meta.clone(), term), key.as_ref());
     let addr = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORT);
     let listener = env.net.listen(addr).await.expect("a free port");
     let server = Rc::new(Server {
@@ -214,7 +221,13 @@ async fn serve(meta: MemDevice, slot: usize, terms: Rc<Cell<u64>>) -> turmoil::R
     let conns = Connections::start(&env, listener, config, server.clone());
     server.conns.replace(Some(conns));
     write_elect(&meta, slot, term);
-    std::future::pending().await
+    loop {
+        // A connection is cut now and then while messages are on their way.
+        env.sleep(Duration::from_millis(env.entropy.range(300, 1500)))
+            .await;
+        let conns = server.conns.borrow().clone().expect("set above");
+        conns.break_connection(env.entropy.range(1, CLIENTS + 1));
+    }
 }
 
 struct Mount;
@@ -231,9 +244,14 @@ impl Incoming for Mount {
     fn sync_log_trees(&self) {}
 }
 
-async fn mount(meta: MemDevice, rid: u64, answered: Rc<Cell<u64>>) -> turmoil::Result {
+async fn mount(
+    meta: MemDevice,
+    rid: u64,
+    answered: Rc<Cell<u64>>,
+    key: Option<ClusterKey>,
+) -> turmoil::Result {
     let net = Rc::new(TransportNetwork::new(Turmoil));
-    let env = host::env(net, meta.clone(), rid);
+    let env = secured(&host::env(net, meta.clone(), rid), key.as_ref());
     let mut config = ClientConfig::new(rid, FSID, 2, false);
     config.keepalive = KEEPALIVE;
     let client = Client::new(&env, meta.handle(), config);
@@ -250,32 +268,74 @@ async fn mount(meta: MemDevice, rid: u64, answered: Rc<Cell<u64>>) -> turmoil::R
     Ok(())
 }
 
+/// Connects again and again, and says nothing, half of a greeting, garbage, or what
+/// another cluster's node would.
+async fn stranger(servers: [Ipv4Addr; 2], seed: u64, key: Option<ClusterKey>) -> turmoil::Result {
+    let net = Rc::new(TransportNetwork::new(Turmoil));
+    let plain = host::env(net, MemDevice::new(4096), seed);
+    let other = ClusterKey::from_bytes(&[0x55; 32]);
+    let env = secured(&plain, key.map(|_| other).as_ref());
+    let mut held = VecDeque::new();
+    loop {
+        plain
+            .sleep(Duration::from_millis(plain.entropy.range(1, 60)))
+            .await;
+        let addr = SocketAddrV4::new(servers[plain.entropy.range(0, 2) as usize], PORT);
+        let net = if plain.entropy.range(0, 2) == 0 {
+            &plain.net
+        } else {
+            &env.net
+        };
+        let Ok(mut stream) = net.connect(addr, KEEPALIVE).await else {
+            continue;
+        };
+        let mut bytes = vec![0; plain.entropy.range(0, 200) as usize];
+        bytes
+            .iter_mut()
+            .for_each(|b| *b = plain.entropy.next_u64() as u8);
+        let deadline = plain.clock.now() + Duration::from_millis(50);
+        let writing = stream.writer.write(Bytes::from(bytes));
+        let _ = timeout(&*plain.clock, deadline, writing).await;
+        held.push_back(stream);
+        if held.len() > 20 {
+            held.pop_front();
+        }
+    }
+}
+
 /// One run; returns how long it took and how many terms there were.
-fn run(seed: u64) -> (Duration, u64) {
+fn run(seed: u64, key: Option<&ClusterKey>) -> (Duration, u64) {
     let mut sim = turmoil::Builder::new()
         .rng_seed(seed)
         .epoch(SystemTime::UNIX_EPOCH)
         .simulation_duration(Duration::from_secs(600))
         .enable_random_order()
+        .min_message_latency(Duration::from_millis(1))
+        .max_message_latency(Duration::from_millis(80))
         .build();
     let meta = MemDevice::new(1 << 20);
     let terms = Rc::new(Cell::new(0));
     for slot in 0..2_usize {
-        let (meta, terms) = (meta.clone(), terms.clone());
+        let (meta, terms, key) = (meta.clone(), terms.clone(), key.cloned());
         sim.host(format!("server{slot}"), move || {
-            serve(meta.clone(), slot, terms.clone())
+            serve(meta.clone(), slot, terms.clone(), key.clone())
         });
     }
     let ip = |name: &str, sim: &turmoil::Sim<'_>| match sim.lookup(name) {
         std::net::IpAddr::V4(ip) => ip,
         other => panic!("{other} is no IPv4 address"),
     };
-    write_super(&meta, &[ip("server0", &sim), ip("server1", &sim)]);
+    let servers = [ip("server0", &sim), ip("server1", &sim)];
+    write_super(&meta, &servers);
+    let stranger_key = key.cloned();
+    sim.host("stranger", move || {
+        stranger(servers, seed, stranger_key.clone())
+    });
     let answered = Rc::new(Cell::new(0));
     for rid in 1..=CLIENTS {
         sim.client(
             format!("client{rid}"),
-            mount(meta.clone(), rid, answered.clone()),
+            mount(meta.clone(), rid, answered.clone(), key.cloned()),
         );
     }
     let entropy = TestEntropy::new(seed);
@@ -315,11 +375,24 @@ fn heal(sim: &turmoil::Sim<'_>) {
 }
 
 #[test]
-fn requests_survive_partitions_holds_and_crashes() {
+fn requests_survive_partitions_holds_resets_and_crashes_among_strangers() {
     let mut failovers = 0;
-    for seed in 0..12 {
-        let (elapsed, terms) = run(seed);
-        assert_eq!((elapsed, terms), run(seed), "seed {seed} replays");
+    for seed in 0..10 {
+        let (elapsed, terms) = run(seed, None);
+        assert_eq!((elapsed, terms), run(seed, None), "seed {seed} replays");
+        failovers += terms - 2;
+    }
+    assert!(failovers > 0, "some server crashed");
+}
+
+#[test]
+fn so_they_do_with_a_cluster_key() {
+    let key = ClusterKey::from_bytes(&[7; 32]);
+    let mut failovers = 0;
+    for seed in 100..110 {
+        let (elapsed, terms) = run(seed, Some(&key));
+        let again = run(seed, Some(&key));
+        assert_eq!((elapsed, terms), again, "seed {seed} replays");
         failovers += terms - 2;
     }
     assert!(failovers > 0, "some server crashed");

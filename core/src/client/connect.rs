@@ -5,12 +5,15 @@
 //! greeting are bounded; after the greeting the transport's keepalive is.
 
 use super::{ClientError, Incoming, Inner, Life, LocateError};
-use crate::env::{Either, NetError, Stream, StreamReader, StreamWriter, probe, race, timeout};
+use crate::env::{
+    Duration, Either, NetError, Stream, StreamReader, StreamWriter, probe, race, timeout,
+};
 use crate::errno::Errno;
 use crate::format::{
     Key, NET_GREETING_FLAG_FAREWELL, NET_GREETING_FLAG_QUORUM, NET_LOCK_MAX_RECOVER_NR, NetCmd,
     NetGreeting, NetLock, NetLockRecover, OpenInoMapArgs,
 };
+use crate::notice::Notice;
 use crate::wire::greeting::{self, GreetingError};
 use crate::wire::{Decoder, Frame, FrameError, Received, client_handles};
 use bytes::{Bytes, BytesMut};
@@ -18,6 +21,8 @@ use std::rc::{Rc, Weak};
 use thiserror::Error;
 use zerocopy::{FromBytes, IntoBytes};
 
+/// Time between two log lines about attempts that end alike.
+const NOTICE: Duration = Duration::from_secs(10);
 /// Bytes written in one call, about.
 const WRITE_CHUNK: usize = 64 << 10;
 
@@ -55,6 +60,8 @@ pub(super) async fn run(inner: Rc<Inner>) {
 
 /// Attempt after attempt; returns only when a farewell needs no answer any more.
 async fn reconnect_for_ever(inner: &Rc<Inner>) {
+    let mut notice = Notice::new(NOTICE);
+    let mut last = String::new();
     loop {
         if farewell_done(inner).await {
             return;
@@ -62,7 +69,15 @@ async fn reconnect_for_ever(inner: &Rc<Inner>) {
         let ended = attempt(inner).await;
         let was_greeted = inner.conn.borrow().is_attached();
         inner.conn.borrow_mut().detach();
-        tracing::info!(%ended, "no connection to the server");
+        // Ten attempts each second with one result need not fill the log.
+        let why = ended.to_string();
+        if why != last || was_greeted {
+            notice = Notice::new(NOTICE);
+        }
+        if let Some(more) = notice.admit(inner.env.clock.now()) {
+            tracing::info!(%ended, more, "no connection to the server");
+        }
+        last = why;
         if matches!(
             ended,
             ConnectError::Greeting(GreetingError::Refused(_)) | ConnectError::Eof

@@ -28,7 +28,7 @@ pub use channel::{Gate, Notify, Signal};
 pub use device::{BlockDevice, DeviceError, DeviceRole, Devices, WriteFlags};
 pub use net::{Datagram, Listener, NetError, Network, Stream, StreamReader, StreamWriter};
 pub use probe::{ProbeSink, mutant, probe, set_mutant, set_probe_sink};
-pub use race::{Either, race, timeout};
+pub use race::{Either, pause, race, timeout};
 pub use time::{Clock, Duration, Time, WallTime};
 
 use std::future::Future;

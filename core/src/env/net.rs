@@ -24,6 +24,9 @@ pub enum NetError {
     /// The address is already bound.
     #[error("address {0} is in use")]
     AddrInUse(SocketAddrV4),
+    /// The peer did not prove that it has the cluster key.
+    #[error("{0}")]
+    Untrusted(&'static str),
     /// Anything else the system said.
     #[error("network error: {0}")]
     Other(String),

@@ -31,6 +31,20 @@ pub async fn race<A: Future, B: Future>(left: A, right: B) -> Either<A::Output, 
     .await
 }
 
+/// Lets the actor's other tasks run once. For loops that wait for something that a
+/// peer can keep ready for ever: without it one flood is served and nobody else.
+pub async fn pause() {
+    let mut paused = false;
+    poll_fn(move |cx| {
+        if std::mem::replace(&mut paused, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 /// Runs `future` until `deadline`; `None` if the deadline came first.
 pub async fn timeout<F: Future>(clock: &dyn Clock, deadline: Time, future: F) -> Option<F::Output> {
     match race(future, clock.sleep_until(deadline)).await {

@@ -16,6 +16,7 @@ use crate::log::merge_worker::MergeServer;
 use crate::log::{self, Log, ServerError};
 use crate::quorum::{ServerInstance, ServerStarter};
 use crate::server::{self, Control, FenceAgent, ServerConfig};
+use crate::secure::ClusterKey;
 use std::net::SocketAddrV4;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -204,6 +205,7 @@ pub(super) struct Starter {
     pub policy: server::Policy,
     pub block: block::Policy,
     pub fence: Arc<dyn FenceAgent>,
+    pub cluster_key: Option<ClusterKey>,
 }
 
 impl ServerStarter for Starter {
@@ -216,6 +218,7 @@ impl ServerStarter for Starter {
             policy: self.policy.clone(),
             block_policy: self.block.clone(),
             fence: self.fence.clone(),
+            cluster_key: self.cluster_key.clone(),
         };
         Box::new(Control::start(env, config))
     }

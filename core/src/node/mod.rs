@@ -26,8 +26,9 @@ use crate::locks::{self, LockError, Locks, Mode};
 use crate::log::merge_worker::MergeWorker;
 use crate::log::{self, Log, LogError};
 use crate::quorum::{self, AgentConfig, AgentError, AgentHandle, AgentStop, ConfigError, Slots};
+use crate::secure::{ClusterKey, secured};
 use crate::server::{self, FenceAgent};
-use crate::volume::{MountSupers, VolumeError, read_mount_supers};
+use crate::volume::{MountSupers, VolumeError, check_key, read_mount_supers};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -61,6 +62,8 @@ pub struct NodeConfig {
     pub quorum: quorum::Policy,
     /// Server.
     pub server: server::Policy,
+    /// The volume's cluster key; `None` trusts the network.
+    pub cluster_key: Option<ClusterKey>,
 }
 
 impl NodeConfig {
@@ -78,6 +81,7 @@ impl NodeConfig {
             fs: fs::Policy::default(),
             quorum: quorum::Policy::default(),
             server: server::Policy::default(),
+            cluster_key: None,
         }
     }
 }
@@ -160,6 +164,13 @@ impl Mount {
         let meta = open(env, DeviceRole::Meta)?;
         let data = open(env, DeviceRole::Data)?;
         let supers = read_mount_supers(&*meta, &*data, &*env.clock).await?;
+        check_key(
+            &*meta,
+            supers.meta.hdr.fsid.get(),
+            config.cluster_key.as_ref(),
+        )
+        .await?;
+        let env = &secured(env, config.cluster_key.as_ref());
         let agent = start_agent(env, rid, &config, &supers.meta).await?;
         let mount = Mount::assemble(env, rid, config, supers, agent, (meta, data), kernel);
         let started = match crate::env::race(mount.begin(), give_up.wait()).await {
@@ -380,6 +391,7 @@ async fn start_agent(
         policy: config.server.clone(),
         block: config.block.clone(),
         fence: config.fence.clone(),
+        cluster_key: config.cluster_key.clone(),
     };
     let agent_config = AgentConfig {
         fsid,
@@ -387,6 +399,7 @@ async fn start_agent(
         slot,
         slots,
         policy: config.quorum,
+        cluster_key: config.cluster_key.clone(),
     };
     let make = Box::new(move |_: &Env| -> Rc<dyn quorum::ServerStarter> { Rc::new(starter) });
     let agent = AgentHandle::spawn(env, agent_config, config.heartbeat_timeout, make);

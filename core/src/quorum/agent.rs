@@ -15,6 +15,7 @@ use crate::env::{
     Datagram, DeviceError, DeviceRole, Duration, Either, Env, LocalBoxFuture, NetError, probe, race,
 };
 use crate::format::QuorumEventKind;
+use crate::secure::{ClusterKey, secured};
 use bytes::Bytes;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -56,6 +57,8 @@ pub struct AgentConfig {
     pub slots: Slots,
     /// Times of the election.
     pub policy: Policy,
+    /// Cluster key, for the actor's own network.
+    pub cluster_key: Option<ClusterKey>,
 }
 
 /// Whether the agent is to go on.
@@ -133,6 +136,7 @@ impl AgentHandle {
         let (status_tx, status) = watch::channel(AgentStatus::default());
         let main = move |env: Env| -> LocalBoxFuture<'static, ()> {
             Box::pin(async move {
+                let env = secured(&env, config.cluster_key.as_ref());
                 let starter = starter(&env);
                 let inputs = Inputs {
                     stop,

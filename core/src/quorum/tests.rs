@@ -617,6 +617,7 @@ impl Agents {
             slot,
             slots: self.slots.clone(),
             policy: Policy::default(),
+            cluster_key: None,
         };
         let env = self.world.env();
         let inputs = super::agent::Inputs {

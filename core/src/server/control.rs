@@ -9,6 +9,7 @@
 use super::ServerConfig;
 use crate::env::Env;
 use crate::quorum::ServerPhase;
+use crate::secure::secured;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -66,6 +67,7 @@ impl Control {
     pub fn start(env: &Env, config: ServerConfig) -> Control {
         let (control, handle) = Self::pair();
         let main = move |env: Env| -> crate::env::LocalBoxFuture<'static, ()> {
+            let env = secured(&env, config.cluster_key.as_ref());
             Box::pin(super::run(env, config, handle))
         };
         env.spawner.spawn_actor("server", Box::new(main));

@@ -43,6 +43,7 @@ pub use peers::Peers;
 pub use store::{Dirty, Hold, Store, SyncHook};
 
 use crate::env::Duration;
+use crate::secure::ClusterKey;
 use std::net::SocketAddrV4;
 use std::sync::Arc;
 
@@ -63,6 +64,8 @@ pub struct ServerConfig {
     pub block_policy: crate::block::Policy,
     /// Who makes dead mounts really dead.
     pub fence: Arc<dyn FenceAgent>,
+    /// Cluster key, for the actor's own network.
+    pub cluster_key: Option<ClusterKey>,
 }
 
 impl std::fmt::Debug for ServerConfig {

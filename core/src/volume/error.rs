@@ -3,6 +3,7 @@
 use crate::env::{DeviceError, DeviceRole};
 use crate::errno::Errno;
 use crate::format::HeaderError;
+use crate::secure::KeyId;
 use std::net::SocketAddrV4;
 use thiserror::Error;
 
@@ -126,6 +127,21 @@ pub enum VolumeError {
         /// Mount that began.
         rid: u64,
     },
+    /// The mount does not have the volume's cluster key.
+    #[error("{}", key_text(.volume, .given))]
+    Key {
+        /// Id of the volume's key, if it has one.
+        volume: Option<KeyId>,
+        /// Id of the key that the mount was given, if it was given one.
+        given: Option<KeyId>,
+    },
+    /// The record of the volume's cluster key is damaged.
+    #[error(
+        "the record of the volume's cluster key (small block {} of the metadata device) is damaged; \
+         outrider change-cluster-key writes it again",
+        super::KEY_RECORD_BLKNO
+    )]
+    KeyRecord,
     /// The volume's version is above the target.
     #[error("format version can not be lowered from {found} to {target}")]
     Downgrade {
@@ -140,6 +156,23 @@ pub enum VolumeError {
         /// Small blocks that are not in the server's free extents.
         used: u64,
     },
+}
+
+fn key_text(volume: &Option<KeyId>, given: &Option<KeyId>) -> String {
+    match (volume, given) {
+        (Some(volume), None) => format!(
+            "this volume has a cluster key ({volume}), and none was given: \
+             mount with -o cluster_key=FILE"
+        ),
+        (None, Some(given)) => format!(
+            "this volume has no cluster key, and {given} was given: mount without cluster_key, \
+             or give it that key with outrider change-cluster-key"
+        ),
+        (Some(volume), Some(given)) => {
+            format!("this volume's cluster key is {volume}, not {given}, which was given")
+        }
+        (None, None) => "neither the volume nor the mount has a cluster key".to_owned(),
+    }
 }
 
 fn role_name(role: DeviceRole) -> &'static str {
@@ -159,16 +192,16 @@ impl VolumeError {
             } => Errno::ENOLINK,
             Self::Device { .. } | Self::Header { .. } => Errno::EIO,
             Self::MountedClients | Self::QuorumActive { .. } => Errno::EBUSY,
-            Self::Downgrade { .. } => Errno::EPERM,
+            Self::Downgrade { .. } | Self::Key { .. } => Errno::EPERM,
             _ => Errno::EINVAL,
         }
     }
 
-    /// The error number of a failed mount: everything but a device error is
-    /// EINVAL (spec 01 section 22).
+    /// The error number of a failed mount: everything but a device error
+    /// (EIO) and a wrong cluster key (EPERM) is EINVAL (spec 01 section 22).
     pub fn mount_errno(&self) -> Errno {
         match self {
-            Self::Device { .. } => self.errno(),
+            Self::Device { .. } | Self::Key { .. } => self.errno(),
             _ => Errno::EINVAL,
         }
     }

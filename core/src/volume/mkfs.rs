@@ -5,11 +5,13 @@
 //! block makes it a volume. A crash in between leaves no volume.
 
 use super::VolumeError;
+use super::key_record::write_key_record;
 use super::superblock::{check_data_zone_blocks, check_quorum_config, write_super};
 use crate::env::{
     AlignedBuf, BlockDevice, DeviceError, DeviceRole, Entropy, IoBuf, WallTime, WriteFlags,
 };
 use crate::format::*;
+use crate::secure::KeyId;
 use std::net::SocketAddrV4;
 use std::sync::Arc;
 use zerocopy::IntoBytes;
@@ -50,6 +52,8 @@ pub struct MkfsOptions {
     pub fsid: Option<u64>,
     /// Volume uuid; drawn at random if `None`.
     pub uuid: Option<[u8; 16]>,
+    /// Id of the cluster key; `None` trusts the network, as the original does.
+    pub cluster_key: Option<KeyId>,
 }
 
 impl Default for MkfsOptions {
@@ -64,6 +68,7 @@ impl Default for MkfsOptions {
             allow_small: false,
             fsid: None,
             uuid: None,
+            cluster_key: None,
         }
     }
 }
@@ -153,6 +158,10 @@ pub async fn mkfs(
     let sb = &summary.sb;
     let fsid = sb.hdr.fsid.get();
     write_meta_blocks(meta, sb, now).await?;
+    if options.cluster_key.is_some() {
+        // Without a key what is there stays: it belongs to no volume of this id.
+        write_key_record(meta, fsid, options.cluster_key).await?;
+    }
     for slot in 0..QUORUM_BLOCKS {
         let mut block = AlignedBuf::zeroed(SM_BLOCK_SIZE);
         init_header(

@@ -7,6 +7,7 @@
 
 pub mod check;
 mod error;
+mod key_record;
 mod mkfs;
 mod offline;
 pub mod print;
@@ -14,12 +15,13 @@ mod superblock;
 
 pub use check::{CheckOptions, Report, check};
 pub use error::VolumeError;
+pub use key_record::{KEY_RECORD_BLKNO, check_key, read_key_record, write_key_record};
 pub use mkfs::{
     MIN_DATA_BLOCKS, MIN_DEVICE_BYTES, MIN_META_BLOCKS, MkfsOptions, MkfsSummary, mkfs, plan_mkfs,
 };
 pub use offline::{
-    ChangeOutcome, change_format_version, change_quorum_config, check_not_in_use,
-    prepare_empty_data_device, verify_empty_data_device,
+    ChangeOutcome, change_cluster_key, change_format_version, change_quorum_config,
+    check_not_in_use, prepare_empty_data_device, verify_empty_data_device,
 };
 pub use superblock::{
     MountSupers, check_data_zone_blocks, check_quorum_config, parse_super, read_large,

@@ -4,10 +4,12 @@
 //! must prevent that, which is why the commands want an explicit flag.
 
 use super::VolumeError;
+use super::key_record::write_key_record;
 use super::mkfs::quorum_config;
 use super::superblock::{check_meta_flags, read_quorum_block, read_super, write_super};
 use crate::env::{BlockDevice, DeviceRole};
 use crate::format::*;
+use crate::secure::KeyId;
 use std::net::SocketAddrV4;
 
 /// Header seq that offline changes leave in super blocks.
@@ -110,6 +112,27 @@ pub async fn change_quorum_config(
     };
     sb.hdr.seq.set(OFFLINE_SEQ);
     write_super(meta, DeviceRole::Meta, &sb).await?;
+    Ok(sb)
+}
+
+/// Gives an unmounted volume a cluster key, another one, or none. Returns the super
+/// block, which is unchanged.
+///
+/// # Errors
+/// An unreadable super block, one that is not a metadata device's, or a volume in use.
+pub async fn change_cluster_key(
+    meta: &dyn BlockDevice,
+    key: Option<KeyId>,
+) -> Result<SuperBlock, VolumeError> {
+    let sb = read_super(meta, DeviceRole::Meta, None).await?;
+    if !sb.is_meta() {
+        return Err(VolumeError::MetaFlag {
+            role: DeviceRole::Meta,
+            marked: false,
+        });
+    }
+    check_not_in_use(meta, &sb).await?;
+    write_key_record(meta, sb.hdr.fsid.get(), key).await?;
     Ok(sb)
 }
 

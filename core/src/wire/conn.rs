@@ -79,6 +79,8 @@ pub struct Conn {
     written: u64,
     /// Bytes of the unsent messages.
     unsent: usize,
+    /// Bytes of all messages kept.
+    kept: usize,
     /// Term of the peer; 0 before the first greeting.
     peer_term: u64,
     epoch: u64,
@@ -106,6 +108,7 @@ impl Conn {
             attached: false,
             written: 0,
             unsent: 0,
+            kept: 0,
             peer_term,
             epoch: 0,
         }
@@ -134,6 +137,12 @@ impl Conn {
     /// Bytes that wait to be written to the socket that is up.
     pub const fn unsent(&self) -> usize {
         self.unsent
+    }
+
+    /// Bytes of all messages kept, written or not: answers that the peer did not
+    /// acknowledge, requests that it did not answer, and what is unsent.
+    pub const fn kept(&self) -> usize {
+        self.kept
     }
 
     /// Messages kept, written or not.
@@ -173,6 +182,7 @@ impl Conn {
         if self.attached {
             self.unsent += message.size();
         }
+        self.kept += message.size();
         self.queue.insert(seq, message);
     }
 
@@ -227,6 +237,7 @@ impl Conn {
             self.epoch += 1;
             self.recv_seq = 0;
             self.queue.retain(|_, m| !m.response);
+            self.kept = self.queue.values().map(Message::size).sum();
         }
         self.attached = true;
         self.written = 0;
@@ -260,10 +271,11 @@ impl Conn {
     }
 
     fn retire(&mut self, seq: u64) {
-        if let Some(message) = self.queue.remove(&seq)
-            && self.attached
-            && seq > self.written
-        {
+        let Some(message) = self.queue.remove(&seq) else {
+            return;
+        };
+        self.kept -= message.size();
+        if self.attached && seq > self.written {
             self.unsent -= message.size();
         }
     }

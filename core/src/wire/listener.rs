@@ -12,16 +12,24 @@ use super::frame::{Decoder, Frame};
 use super::greeting::{self, Attach};
 use crate::env::{
     Duration, Either, Env, Gate, LocalBoxFuture, NetError, Signal, Stream, StreamReader,
-    StreamWriter, Task, probe, race, timeout,
+    StreamWriter, Task, pause, probe, race, timeout,
 };
 use crate::errno::Errno;
 use crate::format::{NetCmd, NetGreeting};
+use crate::notice::Notice;
 use bytes::{Bytes, BytesMut};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::rc::Rc;
 use thiserror::Error;
+
+/// Time between two log lines about dropped connections of one kind.
+const NOTICE: Duration = Duration::from_secs(10);
+/// Connections accepted, and messages read from one client, before others of the
+/// actor get a turn: a flood is always ready.
+const ACCEPTS_PER_TURN: u64 = 16;
+const FRAMES_PER_TURN: u64 = 64;
 
 /// What a server's connections are started with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,12 +44,16 @@ pub struct ListenerConfig {
     pub reconnect_timeout: Duration,
     /// How long a new socket may take to send its greeting.
     pub greeting_timeout: Duration,
-    /// Most sockets that have not greeted yet; more are closed at once.
+    /// Most sockets that have not greeted yet. For one more, the oldest of the
+    /// address that has most of them is closed.
     pub max_strangers: usize,
     /// Most bytes written in one call.
     pub write_chunk: usize,
     /// Unsent bytes of a session above which nothing more is read from its client.
     pub max_unsent: usize,
+    /// Bytes kept for a client, above which it is against the protocol not to
+    /// acknowledge them.
+    pub max_kept: usize,
 }
 
 impl ListenerConfig {
@@ -53,9 +65,10 @@ impl ListenerConfig {
             term,
             reconnect_timeout: Duration::from_secs(20),
             greeting_timeout: Duration::from_secs(20),
-            max_strangers: 1024,
+            max_strangers: 256,
             write_chunk: 64 << 10,
             max_unsent: 4 << 20,
+            max_kept: 64 << 20,
         }
     }
 }
@@ -184,7 +197,9 @@ struct Inner {
     sessions: RefCell<BTreeMap<u64, Rc<Session>>>,
     next_session: Cell<u64>,
     /// Sockets that have not greeted yet.
-    strangers: Cell<usize>,
+    strangers: RefCell<Strangers>,
+    /// Log lines about dropped connections, by reason.
+    dropped: RefCell<BTreeMap<&'static str, Notice>>,
     closed: Gate,
     /// Tasks that still run: sockets and the accept loop.
     tasks: Cell<usize>,
@@ -228,7 +243,8 @@ impl Connections {
             hooks: RefCell::new(Some(hooks)),
             sessions: RefCell::default(),
             next_session: Cell::new(1),
-            strangers: Cell::new(0),
+            strangers: RefCell::default(),
+            dropped: RefCell::default(),
             closed: Gate::default(),
             tasks: Cell::new(0),
             ended: Signal::default(),
@@ -428,6 +444,19 @@ impl Inner {
         Some(Attached { session, gate, seq })
     }
 
+    /// Says that a connection without a session ended, at a bounded rate.
+    fn dropped(&self, peer: SocketAddrV4, end: &SocketEnd) {
+        if self.closed.is_open() {
+            return;
+        }
+        let kind = end.kind();
+        let mut notices = self.dropped.borrow_mut();
+        let notice = notices.entry(kind).or_insert(Notice::new(NOTICE));
+        if let Some(more) = notice.admit(self.env.clock.now()) {
+            tracing::warn!(%peer, kind, more, "connection dropped: {end}");
+        }
+    }
+
     fn answer(&self, rid: u64) -> NetGreeting {
         NetGreeting {
             fsid: self.config.fsid.into(),
@@ -450,16 +479,22 @@ struct Attached {
 
 async fn accept_loop(running: Running, mut listener: Box<dyn crate::env::Listener>) {
     let inner = &running.0;
+    let mut accepted = 0_u64;
     loop {
         match race(inner.closed.wait(), listener.accept()).await {
             Either::Left(()) => return,
-            Either::Right(Ok(stream)) if inner.strangers.get() >= inner.config.max_strangers => {
-                probe("too_many_strangers");
-                tracing::warn!(peer = %stream.peer, "too many connections without a greeting");
-            }
             Either::Right(Ok(stream)) => {
+                accepted += 1;
+                if accepted.is_multiple_of(ACCEPTS_PER_TURN) {
+                    pause().await;
+                }
+                let Some(stranger) = Stranger::new(inner, stream.peer) else {
+                    inner.dropped(stream.peer, &SocketEnd::Crowded);
+                    continue;
+                };
                 let running = Running::new(inner);
-                inner.env.spawn("client socket", socket(running, stream));
+                let socket = socket(running, stranger, stream);
+                inner.env.spawn("client socket", socket);
             }
             Either::Right(Err(error)) => {
                 tracing::error!(%error, "the listening socket failed");
@@ -487,6 +522,10 @@ enum SocketEnd {
     Protocol(NetCmd, Errno),
     #[error("it was to be closed")]
     Asked,
+    #[error("others without a greeting needed its place")]
+    Crowded,
+    #[error("the client does not acknowledge what it is sent")]
+    Unacknowledged,
 }
 
 async fn next_frame(
@@ -505,24 +544,87 @@ async fn next_frame(
     }
 }
 
-/// Counts a socket that has not greeted.
-struct Stranger<'a>(&'a Inner);
-
-impl<'a> Stranger<'a> {
-    fn new(inner: &'a Inner) -> Self {
-        inner.strangers.set(inner.strangers.get() + 1);
-        Self(inner)
+impl SocketEnd {
+    /// What kind of end it is, for the log.
+    const fn kind(&self) -> &'static str {
+        match self {
+            Self::Eof | Self::Net(NetError::Reset) => "closed without a greeting",
+            Self::Net(NetError::Untrusted(_)) => "cluster key",
+            Self::Net(NetError::TimedOut) => "silent",
+            Self::Net(_) => "network",
+            Self::Frame(_) => "garbage",
+            Self::Unexpected(_) => "out of place",
+            Self::Protocol(..) => "refused",
+            Self::Asked => "closed",
+            Self::Crowded => "crowded out",
+            Self::Unacknowledged => "no acknowledgements",
+        }
     }
 }
 
-impl Drop for Stranger<'_> {
+/// Sockets that have not greeted, oldest first.
+#[derive(Default)]
+struct Strangers {
+    next: u64,
+    sockets: BTreeMap<u64, (Ipv4Addr, Gate)>,
+}
+
+impl Strangers {
+    /// The one to go for another one: the oldest of the address with most of them,
+    /// so that one host's flood does not cost another its place. Those whose
+    /// greeting is being judged stay.
+    fn victim(&self) -> Option<&Gate> {
+        let mut counts: BTreeMap<Ipv4Addr, u32> = BTreeMap::new();
+        for (ip, _) in self.waiting() {
+            *counts.entry(*ip).or_default() += 1;
+        }
+        let (crowd, _) = counts.iter().max_by_key(|(_, count)| **count)?;
+        self.waiting()
+            .find(|(ip, _)| ip == crowd)
+            .map(|(_, gate)| gate)
+    }
+
+    fn waiting(&self) -> impl Iterator<Item = &(Ipv4Addr, Gate)> {
+        self.sockets.values().filter(|(_, gate)| !gate.is_open())
+    }
+}
+
+/// A socket that has not greeted.
+struct Stranger {
+    inner: Rc<Inner>,
+    nr: u64,
+    /// Opens when another one needs the place.
+    crowded: Gate,
+}
+
+impl Stranger {
+    /// Takes a place; `None` if there is none and nobody to give one up.
+    fn new(inner: &Rc<Inner>, peer: SocketAddrV4) -> Option<Self> {
+        let mut strangers = inner.strangers.borrow_mut();
+        if strangers.sockets.len() >= inner.config.max_strangers {
+            probe("too_many_strangers");
+            strangers.victim()?.open();
+        }
+        let nr = strangers.next;
+        strangers.next += 1;
+        let crowded = Gate::default();
+        strangers.sockets.insert(nr, (*peer.ip(), crowded.clone()));
+        Some(Self {
+            inner: inner.clone(),
+            nr,
+            crowded,
+        })
+    }
+}
+
+impl Drop for Stranger {
     fn drop(&mut self) {
-        self.0.strangers.set(self.0.strangers.get() - 1);
+        self.inner.strangers.borrow_mut().sockets.remove(&self.nr);
     }
 }
 
 /// The life of one accepted socket.
-async fn socket(running: Running, stream: Stream) {
+async fn socket(running: Running, stranger: Stranger, stream: Stream) {
     let inner = &running.0;
     let Stream {
         mut reader,
@@ -531,14 +633,17 @@ async fn socket(running: Running, stream: Stream) {
         ..
     } = stream;
     let mut decoder = Decoder::default();
-    let greeted = {
-        let _stranger = Stranger::new(inner);
-        greet(inner, peer, &mut *reader, &mut *writer, &mut decoder).await
-    };
-    let (attached, first) = match greeted {
+    let greeted = greet(
+        inner,
+        stranger,
+        peer,
+        (&mut *reader, &mut *writer),
+        &mut decoder,
+    );
+    let (attached, first) = match greeted.await {
         Ok(greeted) => greeted,
         Err(end) => {
-            tracing::debug!(%peer, %end, "connection without a greeting ends");
+            inner.dropped(peer, &end);
             return;
         }
     };
@@ -551,23 +656,25 @@ async fn socket(running: Running, stream: Stream) {
         Either::Left(()) => SocketEnd::Asked,
         Either::Right(Either::Left(end) | Either::Right(end)) => end,
     };
-    tracing::debug!(rid = %format_args!("{:016x}", session.rid), %peer, %end, "client socket ends");
+    tracing::info!(rid = %format_args!("{:016x}", session.rid), %peer, %end, "client disconnected");
     socket_down(inner, session, gate);
 }
 
 /// Reads and judges the greeting; gives the attached session and the response's bytes.
 async fn greet(
     inner: &Rc<Inner>,
+    stranger: Stranger,
     peer: SocketAddrV4,
-    reader: &mut dyn StreamReader,
-    writer: &mut dyn StreamWriter,
+    (reader, writer): (&mut dyn StreamReader, &mut dyn StreamWriter),
     decoder: &mut Decoder,
 ) -> Result<(Attached, Bytes), SocketEnd> {
     let clock = &inner.env.clock;
     let deadline = clock.now() + inner.config.greeting_timeout;
     let first = timeout(&**clock, deadline, next_frame(reader, decoder));
-    let frame = match race(inner.closed.wait(), first).await {
-        Either::Left(()) => return Err(SocketEnd::Asked),
+    let unwanted = race(inner.closed.wait(), stranger.crowded.wait());
+    let frame = match race(unwanted, first).await {
+        Either::Left(Either::Left(())) => return Err(SocketEnd::Asked),
+        Either::Left(Either::Right(())) => return Err(SocketEnd::Crowded),
         Either::Right(None) => {
             probe("greeting_timeout");
             return Err(SocketEnd::Net(NetError::TimedOut));
@@ -583,6 +690,8 @@ async fn greet(
         Err(errno) => Err(errno),
         Ok(info) => {
             let hooks = inner.hooks().ok_or(SocketEnd::Asked)?;
+            // Not to be crowded out any more, but still taking a place.
+            stranger.crowded.open();
             hooks.greet(info).await.map(|()| info)
         }
     };
@@ -599,7 +708,6 @@ async fn greet(
         }
         Err(errno) => {
             probe("greeting_refused");
-            tracing::warn!(%peer, %errno, "greeting refused");
             let refusal = greeting::response(1, frame.id, Err(errno)).to_bytes();
             let sent = async {
                 writer.write(refusal).await?;
@@ -618,6 +726,7 @@ async fn read_loop(
     reader: &mut dyn StreamReader,
     decoder: &mut Decoder,
 ) -> SocketEnd {
+    let mut frames = 0_u64;
     loop {
         // A client that does not read its answers gets nothing more done.
         let full = || session.state.borrow().conn.unsent() > inner.config.max_unsent;
@@ -631,6 +740,14 @@ async fn read_loop(
         };
         if let Err(end) = dispatch(inner, session, frame) {
             return end;
+        }
+        frames += 1;
+        if frames.is_multiple_of(FRAMES_PER_TURN) {
+            if session.state.borrow().conn.kept() > inner.config.max_kept {
+                probe("client_does_not_acknowledge");
+                return SocketEnd::Unacknowledged;
+            }
+            pause().await;
         }
         if gate.is_open() {
             return SocketEnd::Asked;

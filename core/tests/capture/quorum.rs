@@ -294,6 +294,7 @@ impl Cluster {
             slot,
             slots: config(),
             policy: Policy::default(),
+            cluster_key: None,
         };
         let mut env = self.env.clone();
         env.entropy = member.jitter.clone();

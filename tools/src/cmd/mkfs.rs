@@ -1,5 +1,6 @@
 //! `outrider mkfs META DATA`: make a volume (spec 17 section 11, 01 section 19).
 
+use super::keygen::read_key;
 use crate::block_on::{SystemEntropy, block_on, wall_now};
 use crate::error::CmdError;
 use crate::filedev::{Access, FileDevice};
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 #[command(after_help = "Examples:\n  \
     outrider mkfs -Q 0,10.0.0.1,12345 /dev/vdb /dev/vdc\n  \
     outrider mkfs -Q 0,10.0.0.1,12345 -Q 1,10.0.0.2,12345 -Q 2,10.0.0.3,12345 /dev/vdb /dev/vdc\n  \
+    outrider mkfs --cluster-key volume.key -Q 0,10.0.0.1,12345 /dev/vdb /dev/vdc\n  \
     truncate -s 16G meta data && outrider mkfs -A -Q 0,127.0.0.1,12345 meta data")]
 pub struct Args {
     /// Quorum slot: number 0-14, IPv4 address and port of a member. Repeat for each member.
@@ -46,6 +48,10 @@ pub struct Args {
     /// Format version, 1 or 2.
     #[arg(short = 'V', long, value_name = "VERS")]
     format_version: Option<String>,
+    /// File of the cluster key, made by outrider keygen. Without one the volume
+    /// trusts its network, as the original does.
+    #[arg(long, value_name = "FILE")]
+    cluster_key: Option<PathBuf>,
     /// Metadata device.
     #[arg(value_name = "META")]
     meta: PathBuf,
@@ -75,6 +81,9 @@ impl Args {
             eprintln!("mkfs: {notice}");
         }
         print_summary(&self.meta, &self.data, &made.sb);
+        if let Some(id) = options.cluster_key {
+            println!("  cluster key:            {id}");
+        }
         Ok(())
     }
 
@@ -88,6 +97,7 @@ impl Args {
             let text = "the data zone size must not be 0";
             return Err(CmdError::new(Errno::EINVAL, text));
         }
+        let key = self.cluster_key.as_deref().map(read_key).transpose()?;
         Ok(MkfsOptions {
             fmt_vers: vers
                 .transpose()
@@ -100,6 +110,7 @@ impl Args {
             allow_small: self.allow_small_size,
             fsid: None,
             uuid: None,
+            cluster_key: key.map(|key| key.id()),
         })
     }
 

@@ -1,11 +1,13 @@
 //! The commands. Each has a file with its `Args` (clap) and `run`.
 
 pub mod bench;
+pub mod change_cluster_key;
 pub mod change_format_version;
 pub mod change_quorum_config;
 pub mod check;
 pub mod completions;
 pub mod get_fiemap;
+pub mod keygen;
 pub mod man;
 pub mod mkfs;
 pub mod mount;
@@ -39,6 +41,10 @@ pub enum Command {
     ChangeFormatVersion(change_format_version::Args),
     /// Replace the quorum slots of an unmounted volume
     ChangeQuorumConfig(change_quorum_config::Args),
+    /// Make a cluster key
+    Keygen(keygen::Args),
+    /// Give an unmounted volume a cluster key, another one, or none
+    ChangeClusterKey(change_cluster_key::Args),
     /// Make an empty data device for an unmounted volume that holds no data
     PrepareEmptyDataDevice(prepare_empty_data_device::Args),
     /// List the extents of a file
@@ -65,6 +71,8 @@ impl Command {
             Self::Print(_) => "print",
             Self::ChangeFormatVersion(_) => "change-format-version",
             Self::ChangeQuorumConfig(_) => "change-quorum-config",
+            Self::Keygen(_) => "keygen",
+            Self::ChangeClusterKey(_) => "change-cluster-key",
             Self::PrepareEmptyDataDevice(_) => "prepare-empty-data-device",
             Self::GetFiemap(_) => "get-fiemap",
             Self::Sync(_) => "sync",
@@ -85,6 +93,8 @@ impl Command {
             Self::Print(args) => done(args.run()),
             Self::ChangeFormatVersion(args) => done(args.run()),
             Self::ChangeQuorumConfig(args) => done(args.run()),
+            Self::Keygen(args) => done(args.run()),
+            Self::ChangeClusterKey(args) => done(args.run()),
             Self::PrepareEmptyDataDevice(args) => done(args.run()),
             Self::GetFiemap(args) => done(args.run()),
             Self::Sync(args) => done(args.run()),

@@ -24,7 +24,7 @@ use std::process::{Command, Stdio};
     (with a link named /sbin/mount.fuse.outrider to this program)")]
 pub struct Args {
     /// Options, comma separated: metadev_path=DEVICE (required), quorum_slot_nr=N,
-    /// fence=local|assume-dead, noacl, ro, and the others of the manual.
+    /// fence=local|assume-dead, cluster_key=FILE, noacl, ro, and the others of the manual.
     #[arg(short, value_name = "OPTIONS")]
     options: String,
     /// Stay in the foreground; SIGINT or SIGTERM unmounts.

@@ -120,6 +120,7 @@ impl Instance {
             policy: Policy::default(),
             block_policy: block_policy(),
             fence: agent.clone(),
+            cluster_key: None,
         };
         let env = world.env();
         let fences = Fences::new(&env, agent.clone(), config.policy.fence_timeout);

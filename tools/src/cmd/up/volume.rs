@@ -94,6 +94,7 @@ fn make(meta: &Path, data: &Path, slots: &[(u64, SocketAddrV4)]) -> Result<(), C
         allow_small: false,
         fsid: None,
         uuid: None,
+        cluster_key: None,
     };
     let entropy = entropy()?;
     {
