@@ -134,18 +134,21 @@ fn another_key_or_none_is_refused_with_the_reason_at_both_ends() {
     });
 }
 
+/// What a test does to bytes on their way.
+type Change = Rc<dyn Fn(&mut Vec<u8>)>;
+
 /// A network that lets a test read, change and repeat what is sent.
 struct Tapped {
     net: TestNetHandle,
     streams: Rc<RefCell<Vec<Bytes>>>,
     /// Changes what is written to streams.
-    change: Rc<dyn Fn(&mut Vec<u8>)>,
+    change: Change,
 }
 
 struct TappedWriter {
     inner: Box<dyn crate::env::StreamWriter>,
     streams: Rc<RefCell<Vec<Bytes>>>,
-    change: Rc<dyn Fn(&mut Vec<u8>)>,
+    change: Change,
 }
 
 impl crate::env::StreamWriter for TappedWriter {
