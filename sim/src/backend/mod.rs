@@ -126,6 +126,12 @@ impl Sim {
         self.sleep_until(self.now() + nanos)
     }
 
+    /// The world is over: forgets what was to happen. Timers hold the tasks that
+    /// wait for them, and tasks hold the world.
+    pub fn end(&self) {
+        drop(self.timers.take());
+    }
+
     fn fire_due(&self) {
         loop {
             let due = {

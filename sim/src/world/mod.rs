@@ -273,6 +273,8 @@ async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
     outcome.image_hash = disks.hash();
     outcome.polls = sim.polls();
     outcome.nanos = sim.now();
+    disks.end();
+    sim.end();
     set_probe_sink(None);
     outcome.probes = probes.take();
     outcome
