@@ -43,30 +43,42 @@ impl Fs {
         }
         self.data.throttle().await;
         let local = self.local.alone(ino).await;
-        loop {
-            match self.write_once(ino, offset, &data, how).await {
+        let (mut done, mut offset, mut next) = (0, offset, how);
+        while done < data.len() {
+            match self
+                .write_once(ino, offset, &data.slice(done..), next)
+                .await
+            {
                 // The transaction's data supply is used up: entering the next
                 // transaction waits for a refill.
                 Err(FsError::Log(LogError::NoData)) => probe("data.refill"),
+                // What has been written is said; the next write meets the error.
+                Err(_) if done > 0 => break,
                 Err(error) => return Err(error),
-                Ok(bytes) => {
-                    drop(local);
-                    if how.sync {
-                        self.log.sync().await?;
-                    }
-                    return Ok(bytes);
+                Ok((start, bytes)) => {
+                    done += bytes as usize;
+                    // Less than asked for: either space or this transaction's supply
+                    // ran out, and trying to write the rest tells which.
+                    offset = start + bytes;
+                    next.append = false;
                 }
             }
         }
+        drop(local);
+        if how.sync {
+            self.log.sync().await?;
+        }
+        Ok(u32::try_from(done).expect("no more than was given"))
     }
 
+    /// Writes what fits one transaction; where it began and how many bytes it took.
     async fn write_once(
         &self,
         ino: Ino,
         offset: u64,
         data: &Bytes,
         how: WriteHow,
-    ) -> FsResult<u32> {
+    ) -> FsResult<(u64, u64)> {
         let locked = self.lock_inodes(&[ino], Mode::Write).await?;
         let mut inode = self.load(&locked, ino).await?;
         if !inode.is_reg() {
@@ -101,8 +113,7 @@ impl Fs {
                 &old,
             )
             .await;
-        let written = change.finish(done).await?;
-        Ok(u32::try_from(written).expect("no more than was given"))
+        Ok((offset, change.finish(done).await?))
     }
 
     /// The part of a write inside the transaction.
