@@ -206,3 +206,30 @@ fn failures_are_tolerated_only_where_faults_are() {
         "truncate never allocates"
     );
 }
+
+#[test]
+fn only_an_unlinked_and_closed_file_may_show_fewer_blocks() {
+    let base = create(&Model::new(S_IFDIR | 0o755), "a", 1024, 5);
+    let (_, linked) = write(&base, 1024, 0, 8192, 1, 6);
+    let unlink = Call::Unlink {
+        dir: ROOT,
+        name: name("a"),
+    };
+    let open = linked.apply(&unlink, &Reply::Done, &cx(7)).remove(0);
+    let release = Call::Release { ino: 1024 };
+    let closed = open.apply(&release, &Reply::Done, &cx(8)).remove(0);
+    let getattr = Call::Getattr { ino: 1024 };
+    let answer = |nlink, blocks| {
+        let mut attr = attr(1024, S_IFREG | 0o644, nlink, 8192, blocks, 6);
+        attr.ctime.nsec = if nlink == 0 { 7 } else { 6 };
+        Reply::Attr(attr)
+    };
+    let admits = |state: &Model, nlink, blocks| {
+        let states = state.apply(&getattr, &answer(nlink, blocks), &cx(9));
+        !states.is_empty()
+    };
+    assert!(admits(&linked, 1, 16) && !admits(&linked, 1, 8));
+    assert!(admits(&open, 0, 16) && !admits(&open, 0, 8));
+    assert!(admits(&closed, 0, 16) && admits(&closed, 0, 8) && admits(&closed, 0, 0));
+    assert!(!admits(&closed, 0, 24), "it does not grow");
+}
