@@ -19,6 +19,7 @@ use crate::key_file::{self, KeyFileError};
 use crate::notify::Notifier;
 use crate::options::{FenceChoice, MountOptions};
 use crate::rundir::{self, Facts, RunDir};
+use crate::scsi;
 use crate::session::{Ended, Session, SessionOptions};
 use outrider_core::env::{DeviceRole, Duration, Either, Env, Gate, race};
 use outrider_core::errno::Errno;
@@ -261,6 +262,7 @@ async fn serve(
     let shown = Rc::new(RefCell::new(make_run_dir(config, rid, &supers)?));
     let fence_dir = shown.borrow().as_ref().map(RunDir::fence_dir);
     let fence = fence_agent(options.fence, registry, fsid, fence_dir);
+    let keys = take_keys(config, rid)?;
     let notifier = Rc::new(Notifier::new().map_err(system("notifier thread"))?);
     let give_up = Gate::default();
     let mut node = options.node_config(fence);
@@ -276,6 +278,7 @@ async fn serve(
     let ended = match served {
         Ok(Ended::Unmounted) => {
             mount.unmount().await;
+            give_keys_back(&keys, rid);
             registered.unregister();
             Ok(())
         }
@@ -286,12 +289,33 @@ async fn serve(
         Err(error) => {
             // Nobody has used it: leave as cleanly as one who was never there.
             mount.unmount().await;
+            give_keys_back(&keys, rid);
             registered.unregister();
             Err(error)
         }
     };
     shown.take();
     ended
+}
+
+/// Registers the keys by which this mount can be fenced; the devices that have them.
+fn take_keys(config: &DaemonConfig, rid: u64) -> Result<Vec<PathBuf>, DaemonError> {
+    if !config.options.scsi_pr {
+        return Ok(Vec::new());
+    }
+    let devices = vec![config.options.metadev_path.clone(), config.data.clone()];
+    for device in &devices {
+        scsi::register(device, rid).map_err(system("persistent reservation"))?;
+    }
+    Ok(devices)
+}
+
+fn give_keys_back(devices: &[PathBuf], rid: u64) {
+    for device in devices {
+        if let Err(error) = scsi::unregister(device, rid) {
+            tracing::warn!(%error, "a key was left behind");
+        }
+    }
 }
 
 /// Makes the runtime directory. Without one a mount does its work all the same, unless

@@ -7,7 +7,8 @@
 //! * [`options`] are what a mount is told;
 //! * [`fence`] records mounts on this host, kills one and proves that it is gone;
 //! * [`asking`] shows fence requests to agents outside;
-//! * [`rundir`] is what the original shows in sysfs.
+//! * [`rundir`] is what the original shows in sysfs;
+//! * [`scsi`] takes and takes away keys of persistent reservations.
 //!
 //! What can go wrong is told at the head of each.
 
@@ -30,6 +31,7 @@ pub mod options;
 pub mod reply;
 pub mod request;
 pub mod rundir;
+pub mod scsi;
 mod serve;
 pub mod session;
 

@@ -66,6 +66,8 @@ pub struct MountOptions {
     pub keepalive: Duration,
     /// `fence=local`, `fence=agent` or `fence=assume-dead`; ours.
     pub fence: FenceChoice,
+    /// `scsi_pr`: register the rid as key of persistent reservations; ours.
+    pub scsi_pr: bool,
     /// `run_dir`: where the runtime directory is made; ours.
     pub run_dir: Option<PathBuf>,
     /// `cluster_key`: file of the volume's key; ours.
@@ -93,6 +95,7 @@ impl Default for MountOptions {
             heartbeat_timeout: Duration::from_millis(10_000),
             keepalive: Duration::from_millis(24_000),
             fence: FenceChoice::Local,
+            scsi_pr: false,
             run_dir: None,
             cluster_key: None,
             read_only: false,
@@ -214,6 +217,7 @@ impl MountOptions {
             ("cluster_key", _) => {
                 return Err(OptionError::Value(name.into(), "needs a file".into()));
             }
+            ("scsi_pr", None) => self.scsi_pr = true,
             ("ro", None) => self.read_only = true,
             ("rw" | "defaults", None) => {}
             ("allow_other", None) => self.allow_other = true,

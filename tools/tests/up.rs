@@ -182,6 +182,74 @@ fn survivors_of_a_killed_and_of_a_paused_leader_go_on_and_it_comes_back() {
     assert_eq!(alone.end(), Some(0));
 }
 
+/// Ends a daemon with the test.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_cluster_that_fences_by_an_agent_outside_goes_on_when_that_has_answered() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let base = dir.path().join("base");
+    let options = format!("fence=agent,run_dir={}", base.display());
+    let mut up = Up::start(dir.path(), &["--nodes", "3", "-o", &options]);
+    up.expect("ready: ");
+    up.expect("leader: ");
+    let mounts: Vec<PathBuf> = fs::read_dir(&base)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert_eq!(mounts.len(), 3);
+    let leads = |mount: &&PathBuf| fs::read(mount.join("quorum/is_leader")).unwrap() == b"1";
+    let deadline = Instant::now() + PATIENCE;
+    while mounts.iter().filter(leads).count() != 1 {
+        assert!(Instant::now() < deadline, "one of them leads");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let leader = up.leader().unwrap();
+    let (one, two) = ((leader + 1) % 3, (leader + 2) % 3);
+    fs::write(up.mount(one).join("file"), "before").unwrap();
+    up.obeyed(&["--kill", "leader"]);
+    // Nobody has fenced it: its successor shows the request and waits.
+    let pattern = |mount: &PathBuf| {
+        let requests = fs::read_dir(mount.join("fence")).into_iter().flatten();
+        requests
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.join("reason").exists())
+    };
+    let request = loop {
+        assert!(Instant::now() < deadline, "no fence request");
+        if let Some(request) = mounts.iter().find_map(pattern) {
+            break request;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert_eq!(
+        fs::read_to_string(request.join("reason")).unwrap(),
+        "quorum_block_leader"
+    );
+    let daemon = outrider()
+        .args(["fenced", "--agent", "local", "--delay", "0", "--base"])
+        .arg(&base)
+        .spawn()
+        .unwrap();
+    let _daemon = Daemon(daemon);
+    fs::write(up.mount(one).join("file"), "after").unwrap();
+    assert_eq!(fs::read(up.mount(two).join("file")).unwrap(), b"after");
+    up.obeyed(&["--restart", &leader.to_string()]);
+    assert_eq!(up.end(), Some(0));
+    assert_eq!(fs::read_dir(&base).unwrap().count(), 0);
+}
+
 #[test]
 fn a_second_cluster_in_the_same_place_and_orders_to_nobody_are_refused() {
     if !can_mount() {

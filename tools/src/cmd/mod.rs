@@ -6,6 +6,7 @@ pub mod change_format_version;
 pub mod change_quorum_config;
 pub mod check;
 pub mod completions;
+pub mod fenced;
 pub mod get_fiemap;
 pub mod keygen;
 pub mod man;
@@ -35,6 +36,8 @@ pub enum Command {
     Umount(umount::Args),
     /// Make a volume in two files and mount it, no flags needed
     Up(up::Args),
+    /// Answer the fence requests of mounts on this host
+    Fenced(fenced::Args),
     /// Print all metadata of a volume
     Print(print::Args),
     /// Raise the format version of an unmounted volume
@@ -68,6 +71,7 @@ impl Command {
             Self::Mount(_) => "mount",
             Self::Umount(_) => "umount",
             Self::Up(_) => "up",
+            Self::Fenced(_) => "fenced",
             Self::Print(_) => "print",
             Self::ChangeFormatVersion(_) => "change-format-version",
             Self::ChangeQuorumConfig(_) => "change-quorum-config",
@@ -90,6 +94,7 @@ impl Command {
             Self::Mount(args) => done(args.run()),
             Self::Umount(args) => done(args.run()),
             Self::Up(args) => done(args.run()),
+            Self::Fenced(args) => args.run(),
             Self::Print(args) => done(args.run()),
             Self::ChangeFormatVersion(args) => done(args.run()),
             Self::ChangeQuorumConfig(args) => done(args.run()),
