@@ -13,6 +13,7 @@ pub mod env;
 pub mod errno;
 pub mod format;
 pub mod fs;
+pub mod guard;
 pub mod locks;
 pub mod log;
 pub mod node;

@@ -276,23 +276,23 @@ async fn serve(
     show_state(&env, &mount, &shown);
     let served = serve_kernel(&env, config, &mount, &notifier, &signals, ready).await;
     let ended = match served {
-        Ok(Ended::Unmounted) => {
-            mount.unmount().await;
-            give_keys_back(&keys, rid);
-            registered.unregister();
-            Ok(())
-        }
         Ok(Ended::Aborted) => {
             mount.force_unmount().await;
             Err(DaemonError::Forced)
         }
-        Err(error) => {
-            // Nobody has used it: leave as cleanly as one who was never there.
-            mount.unmount().await;
-            give_keys_back(&keys, rid);
-            registered.unregister();
-            Err(error)
-        }
+        // After an error nobody has used it: it leaves as cleanly as one who was never
+        // there. Who is declared dead meanwhile would wait for an answer for ever.
+        other => match race(mount.unmount(), mount.evicted()).await {
+            Either::Left(()) => {
+                give_keys_back(&keys, rid);
+                registered.unregister();
+                other.map(drop)
+            }
+            Either::Right(()) => {
+                mount.force_unmount().await;
+                Err(DaemonError::Forced)
+            }
+        },
     };
     shown.take();
     ended

@@ -101,6 +101,18 @@ impl Up {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Waits until one leads that is not `before`.
+    fn wait_leader(&self, before: Option<usize>) -> usize {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.leader() {
+                Some(leader) if Some(leader) != before => return leader,
+                _ => assert!(Instant::now() < deadline, "nobody leads"),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
     fn leader(&self) -> Option<usize> {
         let list = self.obeyed(&["--list"]);
         let line = list.lines().find(|line| line.contains("leader of term"))?;
@@ -150,8 +162,7 @@ fn survivors_of_a_killed_and_of_a_paused_leader_go_on_and_it_comes_back() {
     assert_eq!(fs::read(up.mount(1).join("a")).unwrap(), b"from 0");
     assert_eq!(fs::read(up.mount(2).join("a")).unwrap(), b"from 0");
     for how in ["--kill", "--pause"] {
-        up.expect("leader: ");
-        let leader = up.leader().unwrap();
+        let leader = up.wait_leader(None);
         up.obeyed(&[how, "leader"]);
         let others: Vec<usize> = (0..3).filter(|node| *node != leader).collect();
         let file = format!("after {how}");
@@ -202,7 +213,7 @@ fn a_cluster_that_fences_by_an_agent_outside_goes_on_when_that_has_answered() {
     let options = format!("fence=agent,run_dir={}", base.display());
     let mut up = Up::start(dir.path(), &["--nodes", "3", "-o", &options]);
     up.expect("ready: ");
-    up.expect("leader: ");
+    let leader = up.wait_leader(None);
     let mounts: Vec<PathBuf> = fs::read_dir(&base)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -214,7 +225,6 @@ fn a_cluster_that_fences_by_an_agent_outside_goes_on_when_that_has_answered() {
         assert!(Instant::now() < deadline, "one of them leads");
         std::thread::sleep(Duration::from_millis(50));
     }
-    let leader = up.leader().unwrap();
     let (one, two) = ((leader + 1) % 3, (leader + 2) % 3);
     fs::write(up.mount(one).join("file"), "before").unwrap();
     up.obeyed(&["--kill", "leader"]);
@@ -248,6 +258,56 @@ fn a_cluster_that_fences_by_an_agent_outside_goes_on_when_that_has_answered() {
     up.obeyed(&["--restart", &leader.to_string()]);
     assert_eq!(up.end(), Some(0));
     assert_eq!(fs::read_dir(&base).unwrap().count(), 0);
+}
+
+#[test]
+fn a_leader_that_was_paused_and_given_up_finds_that_out_before_it_writes() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // An agent that lies: the paused mount is declared dead and nobody kills it.
+    let options = ["--nodes", "3", "-o", "fence=assume-dead"];
+    let mut up = Up::start(dir.path(), &options);
+    up.expect("ready: ");
+    let leader = up.wait_leader(None);
+    let (one, two) = ((leader + 1) % 3, (leader + 2) % 3);
+    let file = up.mount(leader).join("theirs");
+    let busy = std::thread::spawn(move || {
+        for round in 0_u64.. {
+            let written = fs::write(&file, round.to_string().repeat(1000))
+                .and_then(|()| fs::File::open(&file)?.sync_all());
+            if let Err(error) = written {
+                return error;
+            }
+        }
+        unreachable!("it ends with an error")
+    });
+    std::thread::sleep(Duration::from_millis(500));
+    up.obeyed(&["--pause", "leader"]);
+    let text = |n: usize| format!("file {n} ").repeat(2000);
+    fs::create_dir(up.mount(one).join("d")).unwrap();
+    for n in 0..50 {
+        let path = up.mount(one).join(format!("d/{n}"));
+        fs::write(&path, text(n)).unwrap();
+        fs::File::open(&path).unwrap().sync_all().unwrap();
+    }
+    up.wait_leader(Some(leader));
+    up.obeyed(&["--resume", &leader.to_string()]);
+    up.expect(&format!("mount {leader} (pid"));
+    let error = busy.join().unwrap();
+    eprintln!("its users were told: {error}");
+    let log = fs::read_to_string(dir.path().join(format!("run/{leader}.log"))).unwrap();
+    assert!(log.contains("declared dead"), "{log}");
+    for n in 0..50 {
+        let read = fs::read_to_string(up.mount(two).join(format!("d/{n}"))).unwrap();
+        assert!(read == text(n), "file {n}");
+    }
+    up.obeyed(&["--restart", &leader.to_string()]);
+    let (meta, data) = (dir.path().join("meta"), dir.path().join("data"));
+    assert_eq!(up.end(), Some(0));
+    let check = outrider().arg("check").args([meta, data]).output().unwrap();
+    assert!(check.status.success(), "{check:?}");
 }
 
 #[test]

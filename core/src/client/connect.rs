@@ -17,6 +17,7 @@ use crate::notice::Notice;
 use crate::wire::greeting::{self, GreetingError};
 use crate::wire::{Decoder, Frame, FrameError, Received, client_handles};
 use bytes::{Bytes, BytesMut};
+use std::net::SocketAddrV4;
 use std::rc::{Rc, Weak};
 use thiserror::Error;
 use zerocopy::{FromBytes, IntoBytes};
@@ -39,6 +40,8 @@ enum ConnectError {
     Greeting(#[from] GreetingError),
     #[error("the server closed the connection")]
     Eof,
+    #[error("another server leads, at {0}")]
+    Replaced(SocketAddrV4),
     #[error("message {0:?} of the server has no business here")]
     Unexpected(NetCmd),
     #[error("message {0:?} of the server has a wrong length")]
@@ -85,9 +88,12 @@ async fn reconnect_for_ever(inner: &Rc<Inner>) {
             look_for_eviction(inner).await;
         }
         if was_greeted {
+            inner.detached.set(Some(inner.env.clock.now()));
             probe("client_reconnects");
         } else {
-            inner.env.sleep(inner.config.backoff).await;
+            // Who was fenced is not let in again; the mount's end is near.
+            let times = if inner.evicted.is_open() { 10 } else { 1 };
+            inner.env.sleep(inner.config.backoff * times).await;
         }
     }
 }
@@ -123,15 +129,43 @@ async fn look_for_eviction(inner: &Inner) {
         && inner.farewell.get().is_none()
     {
         probe("client_evicted");
-        tracing::error!("this mount was fenced: it is not on the list of mounted clients");
+        if !inner.evicted.is_open() {
+            tracing::error!("this mount was fenced: it is not on the list of mounted clients");
+        }
         inner.evicted.open();
     }
 }
 
 /// One attempt, from finding the server to the end of the connection.
 async fn attempt(inner: &Rc<Inner>) -> ConnectError {
+    let addr = match inner.locator.find_server().await {
+        Ok(addr) => addr,
+        Err(error) => return error.into(),
+    };
+    match race(talk(inner, addr), watch_for_another(inner, addr)).await {
+        Either::Left(error) | Either::Right(error) => error,
+    }
+}
+
+/// Completes when the quorum blocks name another server than the one at `addr`. A
+/// server whose host or process was stopped in its tracks keeps its connections: its
+/// kernel acknowledges everything. Who waited for it would be late for its successor.
+async fn watch_for_another(inner: &Inner, addr: SocketAddrV4) -> ConnectError {
+    loop {
+        inner.env.sleep(inner.config.server_check).await;
+        match inner.locator.find_server().await {
+            Ok(other) if other != addr => {
+                probe("client_leaves_for_another_server");
+                return ConnectError::Replaced(other);
+            }
+            // Not readable is no answer.
+            Ok(_) | Err(_) => {}
+        }
+    }
+}
+
+async fn talk(inner: &Rc<Inner>, addr: SocketAddrV4) -> ConnectError {
     let connected = async {
-        let addr = inner.locator.find_server().await?;
         let clock = &inner.env.clock;
         let deadline = clock.now() + inner.config.connect_timeout;
         let connect = inner.env.net.connect(addr, inner.config.keepalive);
@@ -149,6 +183,7 @@ async fn attempt(inner: &Rc<Inner>) -> ConnectError {
     };
     tracing::info!(server = %stream.peer, term, "connected to the server");
     inner.conn.borrow_mut().attach(term);
+    inner.detached.set(None);
     let Stream {
         mut reader,
         mut writer,

@@ -13,7 +13,7 @@ mod locate;
 
 pub use locate::{LocateError, Locator};
 
-use crate::env::{BlockDevice, Duration, Env, Gate, LocalBoxFuture, Signal, probe};
+use crate::env::{BlockDevice, Duration, Env, Gate, LocalBoxFuture, Signal, Time, probe};
 use crate::errno::Errno;
 use crate::format::{
     Key, LogMergeComplete, LogMergeRequest, LogTrees, NetCmd, NetInodeAlloc, NetLock,
@@ -46,6 +46,9 @@ pub struct ClientConfig {
     pub connect_timeout: Duration,
     /// Pause between attempts.
     pub backoff: Duration,
+    /// Time between two looks at who leads, while connected. A new server waits 30
+    /// seconds for the clients of the one before.
+    pub server_check: Duration,
 }
 
 impl ClientConfig {
@@ -59,6 +62,7 @@ impl ClientConfig {
             keepalive: Duration::from_secs(24),
             connect_timeout: Duration::from_secs(1),
             backoff: Duration::from_millis(100),
+            server_check: Duration::from_secs(5),
         }
     }
 }
@@ -156,6 +160,8 @@ struct Inner {
     /// Opens when the connection's task has ended.
     ended: Gate,
     evicted: Gate,
+    /// Since when there is no connection, after there was one.
+    detached: Cell<Option<Time>>,
 }
 
 /// A mount's connection to whatever server there is. Cheap to clone.
@@ -223,6 +229,7 @@ impl Client {
                 stop: Gate::default(),
                 ended: Gate::default(),
                 evicted: Gate::default(),
+                detached: Cell::default(),
             }),
         }
     }
@@ -444,6 +451,21 @@ impl Client {
     /// Whether [`Client::sever`] was called.
     pub fn is_severed(&self) -> bool {
         self.inner.life.get() == Life::Severed
+    }
+
+    /// How long there has been no connection to a server; `None` while there is one,
+    /// and before the first.
+    pub fn detached_for(&self) -> Option<Duration> {
+        let since = self.inner.detached.get()?;
+        Some(self.inner.env.clock.now().since(since))
+    }
+
+    /// Whether the volume still lists this mount, read from the device.
+    ///
+    /// # Errors
+    /// As [`LocateError`]: no answer.
+    pub async fn is_listed(&self) -> Result<bool, LocateError> {
+        self.inner.locator.is_mounted(self.inner.config.rid).await
     }
 
     /// Term of the last server greeted; 0 if none.

@@ -487,6 +487,28 @@ fn a_new_server_gets_everything_unanswered() {
 }
 
 #[test]
+fn a_client_leaves_a_leader_that_was_stopped_in_its_tracks_for_its_successor() {
+    let w = World::new(1);
+    let env = w.env();
+    w.world.block_on(async {
+        // It keeps its connections, and never answers.
+        let paused = w.server(0, 5).await;
+        paused.mute.set(true);
+        let client = w.client(RID, &Rc::new(Mount::default()));
+        until(&env, "greeted", || client.server_term() == 5).await;
+        env.sleep(Duration::from_secs(12)).await;
+        assert_eq!(client.detached_for(), None, "nobody else leads");
+        let start = env.clock.now();
+        let successor = w.server(2, 6).await;
+        until(&env, "greeted", || client.server_term() == 6).await;
+        let took = env.clock.now().since(start);
+        assert!(took < Duration::from_secs(10), "{took:?} of 30 seconds");
+        assert_eq!(successor.greeted.borrow()[0].client_term, 5);
+        client.sever();
+    });
+}
+
+#[test]
 fn a_client_that_stays_away_is_reported_once_and_one_that_said_farewell_never() {
     let w = World::new(1);
     let env = w.env();

@@ -3,7 +3,7 @@
 
 use crate::block;
 use crate::client::{Client, ClientError, Incoming};
-use crate::env::{Env, LocalBoxFuture};
+use crate::env::{Duration, Env, LocalBoxFuture};
 use crate::errno::Errno;
 use crate::format::{
     Key, KeyRange, LogMergeComplete, LogMergeRequest, LogTrees, NetLock, NetRoots, OpenInoMap,
@@ -11,6 +11,7 @@ use crate::format::{
 };
 use crate::fs::api::{Ino, StatFs};
 use crate::fs::{Fs, ServerRequests};
+use crate::guard::{Look, Standing};
 use crate::locks::{LockError, LockHooks, LockTransport, Locks, Mode, Scope};
 use crate::log::merge_worker::MergeServer;
 use crate::log::{self, Log, ServerError};
@@ -128,6 +129,25 @@ impl ServerRequests for Requests {
                 .map_err(errno)
         })
     }
+}
+
+/// Whether a mount may still write: the volume lists it, and it was not out of touch
+/// for longer than `limit`, when others may be about to declare it dead.
+pub(super) fn standing(client: &Client, limit: Duration) -> Look {
+    let client = client.clone();
+    Rc::new(move || {
+        let client = client.clone();
+        Box::pin(async move {
+            match client.is_listed().await {
+                Ok(false) => Ok(Standing::Lost),
+                Ok(true) if client.detached_for().is_some_and(|time| time > limit) => {
+                    Ok(Standing::Doubtful)
+                }
+                Ok(true) => Ok(Standing::Good),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+    })
 }
 
 /// Messages from the server, for all parts.

@@ -17,11 +17,14 @@ mod glue;
 
 use crate::block::{self, Cache};
 use crate::client::{Client, ClientConfig};
-use crate::env::{BlockDevice, DeviceError, DeviceRole, Duration, Env, Gate, mutant, probe};
+use crate::env::{
+    BlockDevice, DeviceError, DeviceRole, Duration, Env, Gate, mutant, probe, race, timeout,
+};
 use crate::errno::Errno;
 use crate::format::SuperBlock;
 use crate::fs::api::KernelCache;
 use crate::fs::{self, Fs, FsError};
+use crate::guard::WriteGuard;
 use crate::locks::{self, LockError, Locks, Mode};
 use crate::log::merge_worker::MergeWorker;
 use crate::log::{self, Log, LogError};
@@ -33,6 +36,9 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use thiserror::Error;
+
+/// How long writes in flight are waited for when the mount is lost.
+const IN_FLIGHT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The root directory.
 const ROOT: u64 = 1;
@@ -83,6 +89,14 @@ impl NodeConfig {
             server: server::Policy::default(),
             cluster_key: None,
         }
+    }
+}
+
+impl NodeConfig {
+    /// How long a look at the volume is good for before a write: long before anybody
+    /// could have declared this mount dead.
+    fn write_check(&self) -> Duration {
+        self.server.write_check.min(self.heartbeat_timeout / 2)
     }
 }
 
@@ -146,6 +160,7 @@ pub struct Mount {
     merges: RefCell<Option<Rc<MergeWorker>>>,
     /// Opened when the mount can not go on by itself: it was fenced or evicted.
     evicted: Gate,
+    guard: Rc<WriteGuard>,
 }
 
 impl Mount {
@@ -161,8 +176,10 @@ impl Mount {
         kernel: Rc<dyn KernelCache>,
         give_up: &Gate,
     ) -> Result<Rc<Mount>, MountError> {
-        let meta = open(env, DeviceRole::Meta)?;
-        let data = open(env, DeviceRole::Data)?;
+        let guard = WriteGuard::new(env, config.write_check());
+        let guarded = guard.env();
+        let meta = open(&guarded, DeviceRole::Meta)?;
+        let data = open(&guarded, DeviceRole::Data)?;
         let supers = read_mount_supers(&*meta, &*data, &*env.clock).await?;
         check_key(
             &*meta,
@@ -172,7 +189,7 @@ impl Mount {
         .await?;
         let env = &secured(env, config.cluster_key.as_ref());
         let agent = start_agent(env, rid, &config, &supers.meta).await?;
-        let mount = Mount::assemble(env, rid, config, supers, agent, (meta, data), kernel);
+        let mount = Mount::assemble(&guard, rid, config, supers, agent, (meta, data), kernel);
         let started = match crate::env::race(mount.begin(), give_up.wait()).await {
             crate::env::Either::Left(result) => result,
             crate::env::Either::Right(()) => Err(MountError::GivenUp),
@@ -188,7 +205,7 @@ impl Mount {
     }
 
     fn assemble(
-        env: &Env,
+        guard: &Rc<WriteGuard>,
         rid: u64,
         config: NodeConfig,
         supers: MountSupers,
@@ -196,13 +213,16 @@ impl Mount {
         (meta, data): (Rc<dyn BlockDevice>, Rc<dyn BlockDevice>),
         kernel: Rc<dyn KernelCache>,
     ) -> Rc<Mount> {
+        let env = &guard.env();
         let fsid = supers.meta.hdr.fsid.get();
         let fmt_vers = supers.meta.fmt_vers.get();
+        let limit = config.write_check();
         let client_config = ClientConfig {
             keepalive: config.keepalive,
             ..ClientConfig::new(rid, fsid, fmt_vers, agent.is_some())
         };
         let client = Client::new(env, meta.clone(), client_config);
+        guard.set_look(glue::standing(&client, limit));
         let requests = Rc::new(glue::Requests {
             client: client.clone(),
         });
@@ -247,6 +267,7 @@ impl Mount {
             merge_pause: config.merge_pause,
             merges: RefCell::new(None),
             evicted: Gate::default(),
+            guard: guard.clone(),
         })
     }
 
@@ -270,8 +291,14 @@ impl Mount {
         let worker = MergeWorker::start(&self.env, self.blocks.clone(), requests, self.merge_pause);
         *self.merges.borrow_mut() = Some(worker);
         let (client, evicted) = (self.client.clone(), self.evicted.clone());
+        let (env, guard) = (self.env.clone(), self.guard.clone());
         self.env.spawn("evicted", async move {
-            client.evicted().await;
+            race(client.evicted(), guard.lost()).await;
+            guard.shut();
+            let deadline = env.clock.now() + IN_FLIGHT_PATIENCE;
+            if timeout(&*env.clock, deadline, guard.idle()).await.is_none() {
+                tracing::error!("a device does not end the writes it was given");
+            }
             tracing::error!("this mount was declared dead by its cluster and gives up");
             evicted.open();
         });
@@ -299,6 +326,7 @@ impl Mount {
             tracing::error!(%error, "the last commit failed: what was not synced is lost");
         }
         self.client.farewell().await;
+        self.guard.shut();
         self.client.sever();
         self.log.sever();
         if let Some(agent) = &self.agent {
@@ -312,6 +340,7 @@ impl Mount {
     /// gone when its device handles are closed, which the `local` fence agent asks for.
     pub async fn force_unmount(&self) {
         probe("node.force_unmount");
+        self.guard.shut();
         self.log.sever();
         self.client.sever();
         self.locks.stop(LockError::Severed);
@@ -388,7 +417,10 @@ async fn start_agent(
         fsid,
         rid,
         addr,
-        policy: config.server.clone(),
+        policy: server::Policy {
+            write_check: config.write_check(),
+            ..config.server.clone()
+        },
         block: config.block.clone(),
         fence: config.fence.clone(),
         cluster_key: config.cluster_key.clone(),

@@ -14,7 +14,8 @@ use super::recovery::Recovery;
 use super::store::Store;
 use super::{FenceReason, FenceRequest, Handle, ServerConfig, Status};
 use crate::env::{DeviceRole, Either, Env, Gate as Door, Listener, Signal, probe, race};
-use crate::format::SuperBlock;
+use crate::format::{QuorumEventKind, SuperBlock};
+use crate::guard::{Standing, WriteGuard};
 use crate::locks::omap::OmapServer;
 use crate::locks::server::LockServer;
 use crate::quorum::{Slots, fence_candidates, superseded};
@@ -313,9 +314,41 @@ async fn read_super(
     Ok(volume::read_super_retrying(meta, DeviceRole::Meta, Some(fsid), clock).await?)
 }
 
+/// Whether another leader came after `term`. Its ELECT event is durable before its
+/// server fences anybody or touches anything.
+async fn is_replaced(env: &Env, fsid: u64, term: u64) -> Result<bool> {
+    let meta = env.devices.open(DeviceRole::Meta)?;
+    let sup = read_super(env, &*meta, fsid).await?;
+    for (slot, _) in Slots::of(&sup.qconf).iter() {
+        let block = volume::read_quorum_block(&*meta, fsid, slot).await?;
+        if block.event(QuorumEventKind::Elect).term.get() > term {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Keeps a server that was paused and replaced meanwhile from writing.
+fn guard(env: &Env, config: &ServerConfig) -> Rc<WriteGuard> {
+    let guard = WriteGuard::new(env, config.policy.write_check);
+    let (env, fsid, term) = (env.clone(), config.fsid, config.term);
+    guard.set_look(Rc::new(move || {
+        let env = env.clone();
+        Box::pin(async move {
+            match is_replaced(&env, fsid, term).await {
+                Ok(true) => Ok(Standing::Lost),
+                Ok(false) => Ok(Standing::Good),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+    }));
+    guard
+}
+
 /// The start, in order (spec 09 section 6). Only reads, so it may be dropped.
 async fn start(
     env: &Env,
+    guard: &Rc<WriteGuard>,
     config: &ServerConfig,
     fences: &Rc<Fences>,
     handle: &Handle,
@@ -325,7 +358,8 @@ async fn start(
     handle.may_serve().await;
     let listener = env.net.listen(config.addr).await?;
     let block_policy = Rc::new(config.block_policy.clone());
-    let store = Store::open(env, config.policy.clone(), block_policy, config.fsid).await?;
+    let guarded = guard.env();
+    let store = Store::open(&guarded, config.policy.clone(), block_policy, config.fsid).await?;
     let mounted: Vec<u64> = store
         .mounted()
         .await?
@@ -343,9 +377,10 @@ pub async fn run(env: Env, config: ServerConfig, handle: Handle) {
     let (term, rid) = (config.term, config.rid);
     tracing::info!(term, rid = format_args!("{rid:016x}"), "server starts");
     let fences = Fences::new(&env, config.fence.clone(), config.policy.fence_timeout);
-    let started = race(handle.stop_asked(), start(&env, &config, &fences, &handle)).await;
-    match started {
-        Either::Right(Ok((server, listener))) => serve(&server, listener, &handle).await,
+    let guard = guard(&env, &config);
+    let starting = start(&env, &guard, &config, &fences, &handle);
+    match race(handle.stop_asked(), starting).await {
+        Either::Right(Ok((server, listener))) => serve(&server, &guard, listener, &handle).await,
         Either::Right(Err(err)) => {
             probe("server.start_failed");
             tracing::error!(%err, "the server could not start");
@@ -354,11 +389,17 @@ pub async fn run(env: Env, config: ServerConfig, handle: Handle) {
     }
     handle.set(Status::Stopping);
     fences.clear();
+    guard.shut();
     tracing::info!(term, "server is down");
     handle.set(Status::Down);
 }
 
-async fn serve(server: &Rc<Server>, listener: Box<dyn Listener>, handle: &Handle) {
+async fn serve(
+    server: &Rc<Server>,
+    guard: &Rc<WriteGuard>,
+    listener: Box<dyn Listener>,
+    handle: &Handle,
+) {
     let sup = server.store.stable();
     let policy = &server.config.policy;
     let mut config =
@@ -370,9 +411,14 @@ async fn serve(server: &Rc<Server>, listener: Box<dyn Listener>, handle: &Handle
     server.start_tasks();
     handle.set(Status::Up);
     probe("server.up");
-    match race(handle.stop_asked(), server.store.wait_failed()).await {
+    let failed = race(guard.lost(), server.store.wait_failed());
+    match race(handle.stop_asked(), failed).await {
         Either::Left(()) => {}
-        Either::Right(err) => tracing::error!(%err, "the server stops by itself"),
+        Either::Right(Either::Left(())) => {
+            probe("server.replaced");
+            tracing::error!("another leader came after this one: it stops without a word more");
+        }
+        Either::Right(Either::Right(err)) => tracing::error!(%err, "the server stops by itself"),
     }
     handle.set(Status::Stopping);
     server.stop().await;

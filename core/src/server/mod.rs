@@ -100,6 +100,9 @@ pub struct Policy {
     pub finalize_poll_max: Duration,
     /// Item tree height above which a mount's GET_LOG_TREES finalizes it (05 section 3).
     pub finalize_height: u8,
+    /// How long a look at the quorum blocks is good for: after it the server makes sure
+    /// that it was not replaced before it writes. Below the heartbeat timeout.
+    pub write_check: Duration,
 }
 
 impl Default for Policy {
@@ -114,6 +117,7 @@ impl Default for Policy {
             finalize_poll_min: Duration::from_millis(5),
             finalize_poll_max: Duration::from_millis(100),
             finalize_height: 2,
+            write_check: Duration::from_secs(5),
         }
     }
 }

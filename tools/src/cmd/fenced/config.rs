@@ -39,7 +39,7 @@ impl Config {
             let (name, value) = line
                 .split_once('=')
                 .ok_or_else(|| wrong("is no assignment"))?;
-            let value = unquote(value).map_err(|why| wrong(why))?;
+            let value = unquote(value).map_err(wrong)?;
             match name.trim_end() {
                 "SCOUTFS_FENCED_DELAY" => {
                     let seconds: u64 = value

@@ -225,10 +225,14 @@ impl Daemon {
                 std::thread::spawn(move || daemon.answer(&request))
             })
             .collect();
-        let ends = workers.into_iter().map(|w| w.join().unwrap_or(End::Failed));
-        match ends.fold(true, |fine, end| fine && end != End::Failed) {
-            true => ExitCode::SUCCESS,
-            false => ExitCode::FAILURE,
+        // All are waited for, whatever the first of them says.
+        let ends: Vec<End> = workers
+            .into_iter()
+            .map(|worker| worker.join().unwrap_or(End::Failed))
+            .collect();
+        match ends.contains(&End::Failed) {
+            false => ExitCode::SUCCESS,
+            true => ExitCode::FAILURE,
         }
     }
 
