@@ -3,7 +3,7 @@
 use super::{MountError, System};
 use crate::backend::Host;
 use crate::plan::Plan;
-use outrider_core::env::{DeviceRole, Duration, Env, Gate, LocalBoxFuture};
+use outrider_core::env::{DeviceRole, Duration, Env, Gate, LocalBoxFuture, Time};
 use outrider_core::fs::Fs;
 use outrider_core::fs::api::KernelCache;
 use outrider_core::node::{Mount, NodeConfig};
@@ -14,7 +14,7 @@ use outrider_core::{block, log};
 use std::net::SocketAddrV4;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Port of the one quorum member.
 const PORT: u16 = 12_345;
@@ -26,11 +26,17 @@ pub struct Outrider {
     _env: Env,
 }
 
+/// How long a slow fence takes: longer than a leader waits, so it is done for one that
+/// asks again. A power switch does not turn back when nobody waits for it any more.
+const SLOW: Duration = Duration::from_secs(20);
+
 /// Fences at once, slowly, after failures, or after hanging: dead mounts of a
 /// world of one node are dead, so it tells the truth.
 struct SimFence {
     manner: u8,
     asked: AtomicU32,
+    /// When the first one asked, in nanoseconds and one more; 0 before.
+    since: AtomicU64,
 }
 
 impl FenceAgent for SimFence {
@@ -41,9 +47,14 @@ impl FenceAgent for SimFence {
     ) -> LocalBoxFuture<'static, Result<(), FenceError>> {
         let first = self.asked.fetch_add(1, Ordering::Relaxed) < 1;
         let (manner, env) = (self.manner, env.clone());
+        let now = env.clock.now();
+        if first {
+            self.since.store(now.nanos() + 1, Ordering::Relaxed);
+        }
+        let done = Time(self.since.load(Ordering::Relaxed)) + SLOW;
         Box::pin(async move {
             match manner {
-                1 => env.sleep(Duration::from_secs(20)).await,
+                1 => env.clock.sleep_until(done).await,
                 2 if first => {
                     env.sleep(Duration::from_millis(500)).await;
                     return Err(FenceError::Failed {
@@ -63,6 +74,7 @@ fn config(plan: &Plan) -> NodeConfig {
     let agent = Arc::new(SimFence {
         manner: plan.config.fence,
         asked: AtomicU32::new(0),
+        since: AtomicU64::new(0),
     });
     let mut config = NodeConfig::new(Some(0), agent);
     config.block = block::Policy::small();
