@@ -17,12 +17,16 @@
 
 mod chain;
 mod cut;
+mod deaths;
 mod explain;
 mod search;
 
 use crate::model::{Call, Context, Model, Reply};
 use chain::{Chain, Nth};
+pub use deaths::Death;
 use outrider_core::errno::Errno;
+use outrider_core::fs::api::Ino;
+use std::collections::BTreeMap;
 
 /// A call and what became of it.
 #[derive(Clone, Debug)]
@@ -101,6 +105,11 @@ pub struct Oracle {
     steps: u64,
     /// Steps that the searches of one judgement may take.
     budget: u64,
+    /// Files that each mount has open, for worlds of several nodes.
+    opens: BTreeMap<(u32, Ino), u32>,
+    /// Something of those who live was not durable when a death was judged: it
+    /// is not known any more what their own deaths may take along.
+    shaky: bool,
 }
 
 /// How many steps the searches of one judgement may take.
@@ -121,6 +130,8 @@ impl Oracle {
             unjudged: 0,
             steps: 0,
             budget: BUDGET,
+            opens: BTreeMap::new(),
+            shaky: false,
         }
     }
 
@@ -183,16 +194,17 @@ impl Oracle {
                 }
                 _ => false,
             };
+        let (began, seat) = (record.began, record.cx.seat);
+        self.count_opens(number);
         if promised {
-            let began = record.began;
-            self.promise_before(began);
+            self.promise_before(began, seat);
         }
     }
 
-    /// Everything that ended before is durable from now on.
-    fn promise_before(&mut self, count: u64) {
+    /// Everything of this mount that ended before is durable from now on.
+    fn promise_before(&mut self, count: u64, seat: u32) {
         for record in self.chain.records_mut().chain(&mut self.current) {
-            if record.end() < count {
+            if record.cx.seat == seat && record.end() < count {
                 record.durable = true;
             }
         }
@@ -200,7 +212,7 @@ impl Oracle {
 
     /// A clean unmount ended: all is durable.
     pub fn promise_all(&mut self) {
-        self.promise_before(u64::MAX);
+        self.promise_before(u64::MAX, 0);
     }
 
     /// All calls have ended: judges those since the last time.

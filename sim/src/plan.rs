@@ -5,7 +5,10 @@
 //! Operations name objects by small numbers that the workload resolves against
 //! what exists when they run, so a plan stays meaningful when parts are removed.
 
+pub mod cluster;
+
 use crate::rng::Stream;
+use cluster::ClusterPlan;
 use outrider_core::env::{DeviceRole, Entropy};
 use serde::{Deserialize, Serialize};
 
@@ -333,9 +336,11 @@ pub enum Profile {
     Clock,
     /// Caches so small that everything is evicted all the time.
     Memory,
+    /// Several nodes over one pair of devices.
+    Cluster,
 }
 
-/// All profiles, in the order in which seeds visit them.
+/// The profiles of worlds of one node, in the order in which seeds visit them.
 pub const PROFILES: [Profile; 6] = [
     Profile::Default,
     Profile::DiskErrors,
@@ -388,6 +393,9 @@ pub struct Plan {
     pub config: Config,
     /// Lives of the mount, one after the other.
     pub lives: Vec<LifePlan>,
+    /// The nodes and their rounds, in a world of several; then `lives` is empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<ClusterPlan>,
 }
 
 impl Plan {
@@ -398,7 +406,8 @@ impl Plan {
             .flat_map(|life| &life.windows)
             .flat_map(|window| &window.tasks)
             .map(Vec::len)
-            .sum()
+            .sum::<usize>()
+            + self.cluster.as_ref().map_or(0, ClusterPlan::operations)
     }
 
     /// Whether operations may fail with an I/O error.
@@ -411,6 +420,14 @@ impl Plan {
 
     /// One line that says what the world is like.
     pub fn header(&self) -> String {
+        if let Some(cluster) = &self.cluster {
+            let operations = self.operations();
+            let header = cluster.header();
+            return format!(
+                "seed {} {header}: {operations} operations; {:?}",
+                self.seed, self.config
+            );
+        }
         let ends: Vec<String> = self
             .lives
             .iter()
@@ -434,6 +451,19 @@ impl Plan {
         let profile = profile.unwrap_or(drawn);
         let config = draw_config(&rng, profile);
         let mix = Mix::draw(&rng, profile, &config);
+        if profile == Profile::Cluster {
+            let config = Config {
+                // Every mount keeps blocks of its own.
+                meta_size: 16_384 * MIB,
+                ..config
+            };
+            return Plan {
+                seed,
+                cluster: Some(cluster::draw(seed, &config, &mix)),
+                config,
+                lives: Vec::new(),
+            };
+        }
         let lives = 1 + rng.weighted(&[1, 4, 3, 2]) as u64;
         let total = 200 + rng.below(200);
         let lives = (0..lives)
@@ -443,6 +473,7 @@ impl Plan {
             seed,
             config,
             lives,
+            cluster: None,
         }
     }
 }
@@ -631,7 +662,7 @@ fn draw_faults(rng: &Stream, profile: Profile) -> Vec<Fault> {
                 });
             }
         }
-        Profile::Default | Profile::Full | Profile::Memory => {
+        Profile::Default | Profile::Full | Profile::Memory | Profile::Cluster => {
             if rng.chance(150) {
                 stall(&mut faults);
             }

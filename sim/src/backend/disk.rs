@@ -13,7 +13,7 @@ use outrider_core::env::{
     AlignedBuf, BlockDevice, DeviceError, DeviceRole, IoBuf, LocalBoxFuture, WriteFlags,
 };
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use tokio::sync::oneshot;
 
@@ -45,9 +45,52 @@ struct Flight {
     offset: u64,
     bufs: Vec<IoBuf>,
     fua: bool,
+    node: u32,
+    seat: u32,
 }
 
 type Trap = (u64, Box<dyn FnOnce()>);
+
+/// A write that reached a medium, or part of one.
+pub struct Landed<'a> {
+    /// Which device.
+    pub role: DeviceRole,
+    /// The machine it came from.
+    pub node: u32,
+    /// The mount it came from (see [`Life::seat`]).
+    pub seat: u32,
+    /// Where.
+    pub offset: u64,
+    /// What.
+    pub bufs: &'a [IoBuf],
+}
+
+type Watch = Rc<dyn Fn(&Landed<'_>)>;
+
+/// What the devices know about the machines that use them.
+///
+/// The volatile cache belongs to the storage, which all machines share: the end
+/// of one machine loses only its requests in flight, each sector by chance; the
+/// end of the storage ([`Disks::crash`] with a survival) loses what was not
+/// flushed, whoever wrote it.
+#[derive(Default)]
+struct Machines {
+    /// Requests of earlier epochs never complete.
+    epochs: RefCell<BTreeMap<u32, u64>>,
+    /// Traps by machine.
+    traps: RefCell<BTreeMap<u32, Trap>>,
+    /// Machines whose requests are refused: their registration was taken away.
+    barred: RefCell<BTreeSet<u32>>,
+    /// Machines that stand still: their requests end when they go on.
+    frozen: RefCell<BTreeMap<u32, Vec<Box<dyn FnOnce()>>>>,
+    watch: RefCell<Option<Watch>>,
+}
+
+impl Machines {
+    fn epoch(&self, node: u32) -> u64 {
+        self.epochs.borrow().get(&node).copied().unwrap_or(0)
+    }
+}
 
 struct Disk {
     sim: Rc<Sim>,
@@ -61,6 +104,7 @@ struct Disk {
     epoch: Cell<u64>,
     trap: Rc<RefCell<Option<Trap>>>,
     requests: Rc<Cell<u64>>,
+    machines: Rc<Machines>,
 }
 
 /// The two devices of the volume.
@@ -69,6 +113,7 @@ pub struct Disks {
     data: Rc<Disk>,
     trap: Rc<RefCell<Option<Trap>>>,
     requests: Rc<Cell<u64>>,
+    machines: Rc<Machines>,
 }
 
 impl Disks {
@@ -76,6 +121,7 @@ impl Disks {
     pub fn new(sim: &Rc<Sim>, meta: u64, data: u64, timing: Timing) -> Rc<Self> {
         let trap = Rc::new(RefCell::new(None));
         let requests = Rc::new(Cell::new(0));
+        let machines = Rc::new(Machines::default());
         let disk = |role, size, name| {
             Rc::new(Disk {
                 sim: Rc::clone(sim),
@@ -89,6 +135,7 @@ impl Disks {
                 epoch: Cell::new(0),
                 trap: Rc::clone(&trap),
                 requests: Rc::clone(&requests),
+                machines: Rc::clone(&machines),
             })
         };
         Rc::new(Self {
@@ -96,6 +143,7 @@ impl Disks {
             data: disk(DeviceRole::Data, data, "data disk"),
             trap,
             requests,
+            machines,
         })
     }
 
@@ -158,6 +206,60 @@ impl Disks {
         self.data.crash(survival);
     }
 
+    /// Calls `f` when the `nth` write or flush of machine `node` from now is asked for.
+    pub fn set_trap_of(&self, node: u32, nth: u64, f: impl FnOnce() + 'static) {
+        let mut traps = self.machines.traps.borrow_mut();
+        traps.insert(node, (nth, Box::new(f)));
+    }
+
+    /// Forgets the trap of machine `node`.
+    pub fn clear_trap_of(&self, node: u32) {
+        self.machines.traps.borrow_mut().remove(&node);
+    }
+
+    /// Machine `node` (or its one process) is gone: its requests in flight end
+    /// here, each sector written or not. What completed stays with the storage.
+    pub fn end_of(&self, node: u32) {
+        *self.machines.epochs.borrow_mut().entry(node).or_default() += 1;
+        if let Some(parked) = self.machines.frozen.borrow_mut().get_mut(&node) {
+            parked.clear();
+        }
+        self.meta.end_of(node);
+        self.data.end_of(node);
+    }
+
+    /// Refuses requests of machine `node` from now on, as storage does after its
+    /// registration was taken away; those in flight end here.
+    pub fn bar(&self, node: u32) {
+        self.end_of(node);
+        self.machines.barred.borrow_mut().insert(node);
+    }
+
+    /// Takes requests of machine `node` again.
+    pub fn admit(&self, node: u32) {
+        self.machines.barred.borrow_mut().remove(&node);
+    }
+
+    /// Machine `node` stands still: its requests do not end until [`Disks::thaw`].
+    pub fn freeze(&self, node: u32) {
+        self.machines.frozen.borrow_mut().entry(node).or_default();
+    }
+
+    /// Machine `node` goes on: its queued requests end one after the other, in any order.
+    pub fn thaw(&self, node: u32) {
+        let parked = self.machines.frozen.borrow_mut().remove(&node);
+        let disk = &self.meta;
+        for end in parked.into_iter().flatten() {
+            let at = disk.sim.now() + disk.rng.below(2_000_000);
+            disk.sim.call_at(at, end);
+        }
+    }
+
+    /// Tells `watch` of every write that reaches a medium.
+    pub fn set_watch(&self, watch: impl Fn(&Landed<'_>) + 'static) {
+        *self.machines.watch.borrow_mut() = Some(Rc::new(watch));
+    }
+
     /// What is on a device now.
     pub fn medium(&self, role: DeviceRole) -> Medium {
         self.disk(role).medium.borrow().clone()
@@ -191,6 +293,53 @@ impl Disk {
         }
         if let Some(survival) = survival {
             medium.lose_power(survival, &self.rng);
+        }
+    }
+
+    fn end_of(&self, node: u32) {
+        let gone: Vec<u64> = {
+            let flights = self.flights.borrow();
+            let of_node = flights.iter().filter(|(_, flight)| flight.node == node);
+            of_node.map(|(id, _)| *id).collect()
+        };
+        let keep = self.rng.below(3);
+        for id in gone {
+            let Some(flight) = self.flights.borrow_mut().remove(&id) else {
+                continue;
+            };
+            self.land(&flight, |_| match keep {
+                0 => false,
+                1 => true,
+                _ => self.rng.chance(500),
+            });
+        }
+    }
+
+    /// Writes those sectors of a request that `keep` chooses.
+    fn land(&self, flight: &Flight, mut keep: impl FnMut(u64) -> bool) {
+        let mut some = false;
+        let mut medium = self.medium.borrow_mut();
+        medium.write_some(flight.offset, &flight.bufs, false, |sector| {
+            let kept = keep(sector);
+            some |= kept;
+            kept
+        });
+        drop(medium);
+        if some {
+            self.tell(flight);
+        }
+    }
+
+    fn tell(&self, flight: &Flight) {
+        let watch = self.machines.watch.borrow().clone();
+        if let Some(watch) = watch {
+            watch(&Landed {
+                role: self.role,
+                node: flight.node,
+                seat: flight.seat,
+                offset: flight.offset,
+                bufs: &flight.bufs,
+            });
         }
     }
 
@@ -247,8 +396,21 @@ impl Disk {
         failed
     }
 
-    fn spring_trap(&self) {
+    fn spring_trap(&self, node: u32) {
         self.requests.set(self.requests.get() + 1);
+        let own = {
+            let mut traps = self.machines.traps.borrow_mut();
+            match traps.get_mut(&node) {
+                Some((left, _)) if *left > 1 => {
+                    *left -= 1;
+                    None
+                }
+                _ => traps.remove(&node),
+            }
+        };
+        if let Some((_, call)) = own {
+            call();
+        }
         let sprung = {
             let mut trap = self.trap.borrow_mut();
             match &mut *trap {
@@ -289,6 +451,14 @@ impl Handle {
         if !self.life.is_alive() {
             return Err(DeviceError::Shut);
         }
+        if self.disk.machines.barred.borrow().contains(&self.node) {
+            return Err(DeviceError::Io {
+                op,
+                offset,
+                len,
+                detail: "reservation conflict".to_owned(),
+            });
+        }
         Ok(())
     }
 
@@ -303,11 +473,12 @@ impl Handle {
         let (tell, told) = oneshot::channel();
         let disk = Rc::clone(&self.disk);
         let (node, epoch) = (self.node, disk.epoch.get());
+        let own_epoch = disk.machines.epoch(node);
         let now = disk.sim.now();
         let at = disk.after_stalls(now + disk.duration(op, len));
-        let sim = Rc::clone(&disk.sim);
-        sim.call_at(at, move || {
-            if disk.epoch.get() != epoch {
+        let (sim, machines) = (Rc::clone(&disk.sim), Rc::clone(&disk.machines));
+        let end = move || {
+            if disk.epoch.get() != epoch || disk.machines.epoch(node) != own_epoch {
                 return;
             }
             let failed = disk.fails(op);
@@ -320,6 +491,13 @@ impl Handle {
                 });
             let out = finish(&disk, failed);
             let _ = tell.send(out);
+        };
+        sim.call_at(at, move || {
+            match machines.frozen.borrow_mut().get_mut(&node) {
+                Some(parked) => return parked.push(Box::new(end)),
+                None => {}
+            }
+            end();
         });
         told
     }
@@ -399,21 +577,24 @@ impl BlockDevice for Handle {
                 offset,
                 bufs,
                 fua: flags.fua,
+                node: self.node,
+                seat: self.life.seat(),
             },
         );
         let told = self.complete(DiskOp::Write, offset, len, move |disk, failed| {
             let flight = disk.flights.borrow_mut().remove(&id);
             let flight = flight.expect("a write in flight until it completes");
-            let mut medium = disk.medium.borrow_mut();
             if failed {
-                let some = |_| disk.rng.chance(500);
-                medium.write_some(flight.offset, &flight.bufs, false, some);
+                disk.land(&flight, |_| disk.rng.chance(500));
                 return Err(injected("write", offset, len));
             }
+            let mut medium = disk.medium.borrow_mut();
             medium.write(flight.offset, &flight.bufs, flight.fua);
+            drop(medium);
+            disk.tell(&flight);
             Ok(())
         });
-        disk.spring_trap();
+        disk.spring_trap(self.node);
         Box::pin(outcome(told))
     }
 
@@ -431,7 +612,7 @@ impl BlockDevice for Handle {
             medium.settle(point);
             Ok(())
         });
-        self.disk.spring_trap();
+        self.disk.spring_trap(self.node);
         Box::pin(outcome(told))
     }
 }

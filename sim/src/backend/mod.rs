@@ -223,6 +223,11 @@ pub struct Life {
     tasks: RefCell<BTreeMap<u64, AbortHandle>>,
     children: RefCell<Vec<Weak<Life>>>,
     next_task: Cell<u64>,
+    name: RefCell<String>,
+    seat: Cell<u32>,
+    rid: Cell<u64>,
+    /// While `Some`, no task is polled; who wanted to be is woken afterwards.
+    paused: RefCell<Option<Vec<Waker>>>,
 }
 
 impl Life {
@@ -233,12 +238,43 @@ impl Life {
             tasks: RefCell::default(),
             children: RefCell::default(),
             next_task: Cell::new(0),
+            name: RefCell::default(),
+            seat: Cell::new(0),
+            rid: Cell::new(0),
+            paused: RefCell::default(),
         })
     }
 
-    fn child(self: &Rc<Self>) -> Rc<Self> {
+    /// A life of the mount with this number (worlds of several nodes).
+    pub fn of_seat(seat: u32) -> Rc<Self> {
+        let life = Self::new();
+        life.seat.set(seat);
+        life
+    }
+
+    /// The number of the mount it belongs to; 0 in worlds of one node.
+    pub fn seat(&self) -> u32 {
+        self.seat.get()
+    }
+
+    /// The id under which its mount is known to the cluster; 0 before it has one.
+    pub fn rid(&self) -> u64 {
+        self.rid.get()
+    }
+
+    /// Notes the id of its mount.
+    pub fn set_rid(&self, rid: u64) {
+        self.rid.set(rid);
+    }
+
+    fn child(self: &Rc<Self>, name: &str) -> Rc<Self> {
         let child = Self::new();
         child.alive.set(self.alive.get());
+        child.seat.set(self.seat.get());
+        name.clone_into(&mut child.name.borrow_mut());
+        if self.paused.borrow().is_some() {
+            *child.paused.borrow_mut() = Some(Vec::new());
+        }
         let mut children = self.children.borrow_mut();
         children.retain(|child| child.strong_count() > 0);
         children.push(Rc::downgrade(&child));
@@ -260,6 +296,27 @@ impl Life {
         }
         for abort in self.tasks.borrow().values() {
             abort.abort();
+        }
+    }
+
+    /// Stops (or lets go on) all its tasks and actors, or only the actors of one
+    /// name, wherever they are, as a scheduler that does not run them would.
+    pub fn pause(&self, only: Option<&str>, stop: bool) {
+        let chosen = only.is_none_or(|name| *self.name.borrow() == name);
+        if chosen {
+            let mut paused = self.paused.borrow_mut();
+            if stop && paused.is_none() {
+                *paused = Some(Vec::new());
+            } else if !stop {
+                for waker in paused.take().into_iter().flatten() {
+                    waker.wake();
+                }
+            }
+        }
+        // An actor's actors are its own: they stop with it only if they are chosen.
+        let children = self.children.borrow().clone();
+        for child in children.iter().filter_map(Weak::upgrade) {
+            child.pause(only, stop);
         }
     }
 
@@ -289,6 +346,10 @@ impl Future for Guarded {
         if !self.life.is_alive() || self.aborted.get() {
             self.future = None;
             return Poll::Ready(());
+        }
+        if let Some(parked) = &mut *self.life.paused.borrow_mut() {
+            parked.push(cx.waker().clone());
+            return Poll::Pending;
         }
         self.sim.count_poll();
         let Some(future) = &mut self.future else {
@@ -358,10 +419,15 @@ impl Node {
     pub fn new(id: u32, drift_ppm: i64, wall: i64) -> Rc<Self> {
         Rc::new(Self {
             id,
-            ip: std::net::Ipv4Addr::new(10, 0, (id >> 8) as u8, (id & 255) as u8 + 1),
+            ip: Self::address(id),
             drift_ppm: Cell::new(drift_ppm),
             wall_offset: Cell::new(wall),
         })
+    }
+
+    /// The address of node number `id`.
+    pub fn address(id: u32) -> std::net::Ipv4Addr {
+        std::net::Ipv4Addr::new(10, 0, (id >> 8) as u8, (id & 255) as u8 + 1)
     }
 
     /// Steps the wall clock by some nanoseconds.
@@ -428,7 +494,7 @@ impl Host {
         let number = self.sim.next_actor.get();
         self.sim.next_actor.set(number + 1);
         let host = Self {
-            life: self.life.child(),
+            life: self.life.child(name),
             ..self.clone()
         };
         Env {

@@ -91,6 +91,10 @@ pub struct SimNet {
     sim: Rc<Sim>,
     rng: Rng,
     links: Cell<Links>,
+    /// Links that behave otherwise, by direction.
+    special: RefCell<BTreeMap<(Ipv4Addr, Ipv4Addr), Links>>,
+    /// Machines without power: nobody answers there.
+    dark: RefCell<BTreeSet<Ipv4Addr>>,
     cut_off: RefCell<BTreeSet<(Ipv4Addr, Ipv4Addr)>>,
     datagrams: RefCell<BTreeMap<SocketAddrV4, Weak<DatagramSocket>>>,
     listeners: RefCell<BTreeMap<SocketAddrV4, Weak<ListenSocket>>>,
@@ -105,6 +109,8 @@ impl SimNet {
             sim: Rc::clone(sim),
             rng: Rng::new(sim.seed, "network", 0),
             links: Cell::new(links),
+            special: RefCell::default(),
+            dark: RefCell::default(),
             cut_off: RefCell::default(),
             datagrams: RefCell::default(),
             listeners: RefCell::default(),
@@ -137,6 +143,96 @@ impl SimNet {
                 });
             }
         }
+    }
+
+    /// Ends a cut in one direction; what it held arrives now.
+    pub fn mend(&self, from: Ipv4Addr, to: Ipv4Addr) {
+        self.cut_off.borrow_mut().remove(&(from, to));
+        let whole = !self.is_cut(to, from);
+        for link in self.streams.borrow().iter() {
+            for pipe in link.pipes.iter().filter_map(Weak::upgrade) {
+                let ends = (pipe.from, pipe.to);
+                if ends == (from, to) {
+                    for piece in pipe.held.take() {
+                        pipe.arrive(piece);
+                    }
+                }
+                if whole && (ends == (from, to) || ends == (to, from)) && link.both_live() {
+                    link.silent_since.set(None);
+                }
+            }
+        }
+    }
+
+    /// Lets the link in one direction behave as `links` say, or as all others again.
+    pub fn set_special(&self, from: Ipv4Addr, to: Ipv4Addr, links: Option<Links>) {
+        let mut special = self.special.borrow_mut();
+        match links {
+            Some(links) => special.insert((from, to), links),
+            None => special.remove(&(from, to)),
+        };
+    }
+
+    /// Breaks the streams between two machines, or of one with everybody.
+    pub fn reset_between(&self, one: Ipv4Addr, other: Option<Ipv4Addr>) {
+        self.streams.borrow_mut().retain(|link| {
+            let pipe = link.pipes.iter().find_map(Weak::upgrade);
+            let hit = pipe.is_some_and(|pipe| {
+                let ends = [pipe.from, pipe.to];
+                ends.contains(&one) && other.is_none_or(|other| ends.contains(&other))
+            });
+            if hit {
+                for pipe in link.pipes.iter().filter_map(Weak::upgrade) {
+                    pipe.fail(NetError::Reset);
+                }
+            }
+            !hit
+        });
+    }
+
+    /// A machine lost its power: its sockets are gone and nobody is told. Others
+    /// find out when their keepalive time is over.
+    pub fn darken(self: &Rc<Self>, ip: Ipv4Addr, life: &Rc<Life>) {
+        self.end_of(life, true);
+        self.dark.borrow_mut().insert(ip);
+        let now = self.sim.now();
+        for link in self.streams.borrow().iter() {
+            if !link.both_live() && link.silent_since.get().is_none() {
+                link.silent_since.set(Some(now));
+                let net = Rc::downgrade(self);
+                self.sim.call_at(now + link.keepalive, move || {
+                    if let Some(net) = net.upgrade() {
+                        net.time_out_silent();
+                    }
+                });
+            }
+        }
+    }
+
+    /// A machine has power again: it resets streams it knows nothing of.
+    pub fn lighten(&self, ip: Ipv4Addr) {
+        if !self.dark.borrow_mut().remove(&ip) {
+            return;
+        }
+        self.streams.borrow_mut().retain(|link| {
+            let pipe = link.pipes.iter().find_map(Weak::upgrade);
+            let of_ip = pipe.is_some_and(|pipe| pipe.from == ip || pipe.to == ip);
+            let stale = of_ip && !link.both_live();
+            if stale {
+                for pipe in link.pipes.iter().filter_map(Weak::upgrade) {
+                    pipe.fail(NetError::Reset);
+                }
+            }
+            !stale
+        });
+    }
+
+    fn links_of(&self, from: Ipv4Addr, to: Ipv4Addr) -> Links {
+        let special = self.special.borrow();
+        special
+            .get(&(from, to))
+            .copied()
+            .unwrap_or(self.links.get())
     }
 
     fn time_out_silent(&self) {
@@ -202,9 +298,21 @@ impl SimNet {
         self.cut_off.borrow().contains(&(from, to))
     }
 
-    fn delay(&self) -> u64 {
-        let links = self.links.get();
+    fn delay(&self, from: Ipv4Addr, to: Ipv4Addr) -> u64 {
+        let links = self.links_of(from, to);
         links.delay + self.rng.below(links.spread + 1)
+    }
+
+    /// What a stream waits for a piece that is lost and sent again.
+    fn resend(&self, from: Ipv4Addr, to: Ipv4Addr) -> u64 {
+        let loss = self.links_of(from, to).loss;
+        let mut wait = 0;
+        let mut pause = 200_000_000;
+        while loss > 0 && self.rng.chance(loss) && wait < 5_000_000_000 {
+            wait += pause;
+            pause *= 2;
+        }
+        wait
     }
 
     fn free_port(&self) -> u16 {
@@ -212,6 +320,13 @@ impl SimNet {
         self.next_port
             .set(if port == u16::MAX { 20_000 } else { port + 1 });
         port
+    }
+}
+
+impl Link {
+    /// Whether both ends still have their processes.
+    fn both_live(&self) -> bool {
+        self.lives.iter().all(|life| life.is_alive())
     }
 }
 
@@ -247,7 +362,8 @@ impl Pipe {
 
     /// Sends a piece (or the end) towards the reader.
     fn send(self: &Rc<Self>, net: &Rc<SimNet>, piece: Option<Bytes>) {
-        let at = (net.sim.now() + net.delay()).max(self.last_arrival.get() + 1);
+        let delay = net.delay(self.from, self.to) + net.resend(self.from, self.to);
+        let at = (net.sim.now() + delay).max(self.last_arrival.get() + 1);
         self.last_arrival.set(at);
         let (pipe, net_again) = (Rc::clone(self), Rc::downgrade(net));
         net.sim.call_at(at, move || {
@@ -303,7 +419,7 @@ impl StreamWriter for Writer {
     fn write(&mut self, mut bytes: Bytes) -> LocalBoxFuture<'_, Result<(), NetError>> {
         Box::pin(async move {
             let (net, pipe) = (&self.net, &self.pipe);
-            let links = net.links.get();
+            let links = net.links_of(pipe.from, pipe.to);
             if pipe.writer_done.get() {
                 return Err(NetError::Other("written after shutdown".to_owned()));
             }
@@ -361,7 +477,7 @@ impl Drop for DatagramHandle {
 impl Datagram for DatagramHandle {
     fn send_to(&self, bytes: Bytes, to: SocketAddrV4) -> LocalBoxFuture<'_, Result<(), NetError>> {
         let (net, from) = (&self.net, self.socket.addr);
-        let links = net.links.get();
+        let links = net.links_of(*from.ip(), *to.ip());
         let copies = match (net.rng.chance(links.loss), net.rng.chance(links.double)) {
             (true, _) => 0,
             (false, true) => 2,
@@ -369,7 +485,8 @@ impl Datagram for DatagramHandle {
         };
         for _ in 0..copies {
             let (weak, bytes) = (Rc::downgrade(net), bytes.clone());
-            net.sim.call_at(net.sim.now() + net.delay(), move || {
+            let delay = net.delay(*from.ip(), *to.ip());
+            net.sim.call_at(net.sim.now() + delay, move || {
                 let Some(net) = weak.upgrade() else { return };
                 let socket = net.datagrams.borrow().get(&to).and_then(Weak::upgrade);
                 if let Some(socket) = socket
@@ -531,7 +648,12 @@ impl Network for NodeNet {
         );
         let local = SocketAddrV4::new(self.ip, net.free_port());
         Box::pin(async move {
-            sim.sleep(net.delay() + net.delay()).await;
+            let (near, far) = (*local.ip(), *addr.ip());
+            sim.sleep(net.delay(near, far) + net.delay(far, near)).await;
+            if net.dark.borrow().contains(&far) {
+                sim.sleep(keepalive.as_nanos() as u64).await;
+                return Err(NetError::TimedOut);
+            }
             if net.is_cut(*local.ip(), *addr.ip()) || net.is_cut(*addr.ip(), *local.ip()) {
                 sim.sleep(keepalive.as_nanos() as u64).await;
                 return Err(NetError::TimedOut);

@@ -62,13 +62,11 @@ struct ReplayArgs {
 
 fn parse_profile(text: &str) -> Result<Profile, String> {
     let name = |profile: &Profile| format!("{profile:?}").to_lowercase();
-    PROFILES
-        .into_iter()
-        .find(|p| name(p) == text)
-        .ok_or_else(|| {
-            let names: Vec<String> = PROFILES.iter().map(name).collect();
-            format!("profiles are {}", names.join(", "))
-        })
+    let all = || PROFILES.into_iter().chain([Profile::Cluster]);
+    all().find(|p| name(p) == text).ok_or_else(|| {
+        let names: Vec<String> = all().map(|p| name(&p)).collect();
+        format!("profiles are {}", names.join(", "))
+    })
 }
 
 /// Runs the program.
@@ -152,6 +150,9 @@ fn replay(args: &ReplayArgs) -> Result<bool, String> {
     }
     if outcome.unjudged > 0 {
         println!("{} windows were too tangled to judge", outcome.unjudged);
+    }
+    if let Some(blamed) = &outcome.blamed {
+        println!("ended by a lying fence agent: {blamed}");
     }
     match &outcome.failure {
         None => println!("no failure"),

@@ -242,6 +242,8 @@ pub struct Context {
     /// A multi-step change of the same object ran at the same time: what a
     /// reader saw is not compared.
     pub weak: bool,
+    /// The mount that was asked (worlds of several nodes; else 0).
+    pub seat: u32,
 }
 
 /// A whole filesystem.

@@ -305,11 +305,11 @@ impl<'a> Cut<'a> {
 }
 
 /// It makes a file that nobody can name: if nobody knows of it, it is gone.
-fn is_nameless(record: &Record) -> bool {
+pub(super) fn is_nameless(record: &Record) -> bool {
     matches!(record.call, Call::Tmpfile { .. }) && record.is_uncertain()
 }
 
-fn is_making(call: &Call) -> bool {
+pub(super) fn is_making(call: &Call) -> bool {
     matches!(
         call,
         Call::Mknod { .. } | Call::Mkdir { .. } | Call::Symlink { .. } | Call::Create { .. }
@@ -318,7 +318,7 @@ fn is_making(call: &Call) -> bool {
 
 /// What the earlier ones of a call's transactions did, if what was observed shows
 /// that they, and not all, are there.
-fn part(call: &Call, state: &Model, observed: &Model) -> Option<Call> {
+pub(super) fn part(call: &Call, state: &Model, observed: &Model) -> Option<Call> {
     let ino = call.changes_data_of()?;
     let (file, seen) = (state.get(ino)?, observed.get(ino)?);
     if !file.is_file() {

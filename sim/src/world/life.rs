@@ -17,9 +17,9 @@ use std::rc::Rc;
 const SECOND: u64 = 1_000_000_000;
 /// How long a mount, an unmount, a window of calls may take once nothing is
 /// wrong, in nanoseconds.
-const BOUND: u64 = 240 * SECOND;
+pub(super) const BOUND: u64 = 240 * SECOND;
 
-fn violation(kind: &'static str, text: impl Into<String>) -> Violation {
+pub(super) fn violation(kind: &'static str, text: impl Into<String>) -> Violation {
     Violation {
         kind,
         text: text.into(),
@@ -28,19 +28,41 @@ fn violation(kind: &'static str, text: impl Into<String>) -> Violation {
 
 /// Whether a mount lives, and how to end it.
 pub(super) struct Fate {
-    host: Host,
-    died: Gate,
+    pub(super) host: Host,
+    pub(super) died: Gate,
     severed: Gate,
-    /// World time when the last fault of this life ends.
-    calm: u64,
+    /// Opens when its cluster was told that it is dead, whether it is or not.
+    pub(super) condemned: Gate,
+    /// World time when the last fault ends.
+    pub(super) calm: Rc<Cell<u64>>,
     /// Operations left until the end, if the plan counts them.
     countdown: Cell<Option<u32>>,
     action: RefCell<Option<End>>,
+    /// Other machines use the devices, too.
+    shared: bool,
+    /// Told at once when the process dies otherwise than in peace.
+    pub(super) on_death: RefCell<Option<Box<dyn FnOnce()>>>,
 }
 
 impl Fate {
-    /// Ends the process now; with `survival` the machine's power, too.
-    fn kill(&self, survival: Option<Survival>) {
+    /// The fate of a process of `host`.
+    pub(super) fn new(host: &Host, calm: Rc<Cell<u64>>, shared: bool) -> Rc<Self> {
+        Rc::new(Self {
+            host: host.clone(),
+            died: Gate::default(),
+            severed: Gate::default(),
+            condemned: Gate::default(),
+            calm,
+            countdown: Cell::new(None),
+            action: RefCell::new(None),
+            shared,
+            on_death: RefCell::default(),
+        })
+    }
+
+    /// Ends the process now; with `survival` the machine's power, too. Shared
+    /// devices keep their power.
+    pub(super) fn kill(&self, survival: Option<Survival>) {
         if self.died.is_open() {
             return;
         }
@@ -51,10 +73,42 @@ impl Fate {
                 survival.map_or("killed".to_owned(), |s| format!("power loss, keeps {s:?}"))
             });
         self.host.life.kill();
-        self.host.net.end_of(&self.host.life, survival.is_some());
-        self.host.disks.clear_trap();
-        self.host.disks.crash(survival);
+        let (net, disks, node) = (&self.host.net, &self.host.disks, &self.host.node);
+        if self.shared {
+            match survival {
+                Some(_) => net.darken(node.ip, &self.host.life),
+                None => net.end_of(&self.host.life, false),
+            }
+            disks.clear_trap_of(node.id);
+            disks.end_of(node.id);
+        } else {
+            net.end_of(&self.host.life, survival.is_some());
+            disks.clear_trap();
+            disks.crash(survival);
+        }
         self.died.open();
+        let told = self.on_death.take();
+        if let Some(told) = told {
+            told();
+        }
+    }
+
+    /// Forgets what the plan had for it.
+    pub(super) fn disarm(&self) {
+        self.action.take();
+        self.countdown.set(None);
+        if self.shared {
+            self.host.disks.clear_trap_of(self.host.node.id);
+        }
+    }
+
+    /// Whether answers to it count no more.
+    pub(super) fn is_condemned(&self) -> bool {
+        self.condemned.is_open()
+    }
+
+    pub(super) async fn wait_severed(&self) {
+        self.severed.wait().await;
     }
 
     /// Does what the plan has for the end of this life.
@@ -92,7 +146,7 @@ impl Fate {
     }
 }
 
-fn survival(loss: Loss) -> Survival {
+pub(super) fn survival(loss: Loss) -> Survival {
     match loss {
         Loss::AllUnflushed => Survival::None,
         Loss::Nothing => Survival::All,
@@ -102,14 +156,14 @@ fn survival(loss: Loss) -> Survival {
 }
 
 /// How a wait ended.
-enum Waited<T> {
+pub(super) enum Waited<T> {
     Done(T),
     Died,
 }
 
 /// Runs `task` in the mount's process until it ends, the process dies, or its
 /// time is up.
-async fn within<T: 'static>(
+pub(super) async fn within<T: 'static>(
     fate: &Rc<Fate>,
     what: &'static str,
     task: impl Future<Output = T> + 'static,
@@ -123,7 +177,7 @@ async fn within<T: 'static>(
             let _ = tell.send(task.await);
         }),
     );
-    let deadline = host.sim.now().max(fate.calm) + BOUND;
+    let deadline = host.sim.now().max(fate.calm.get()) + BOUND;
     let ended = async {
         match told.await {
             Ok(out) => Waited::Done(out),
@@ -188,7 +242,8 @@ fn schedule<S: System>(world: &Rc<World<S>>, life: &LifePlan, now: u64) -> u64 {
     calm
 }
 
-fn arm(fate: &Rc<Fate>, end: End, now: u64) {
+/// Prepares the end that the plan has for this life.
+pub(super) fn arm(fate: &Rc<Fate>, end: End, now: u64) {
     let when = match end {
         End::Unmount => return,
         End::Kill(when) | End::PowerLoss(when, _) | End::ForceUnmount(when) => when,
@@ -206,11 +261,17 @@ fn arm(fate: &Rc<Fate>, end: End, now: u64) {
         }
         When::Request(nth) => {
             let weak = Rc::downgrade(fate);
-            fate.host.disks.set_trap(nth, move || {
+            let strike = move || {
                 if let Some(fate) = weak.upgrade() {
                     fate.strike();
                 }
-            });
+            };
+            if fate.shared {
+                let node = fate.host.node.id;
+                fate.host.disks.set_trap_of(node, nth, strike);
+            } else {
+                fate.host.disks.set_trap(nth, strike);
+            }
         }
         When::Operations(count) => fate.countdown.set(Some(count)),
     }
@@ -262,14 +323,8 @@ async fn one_life<S: System>(
 ) -> Result<bool, Violation> {
     let host = world.host();
     let now = world.sim.now();
-    let fate = Rc::new(Fate {
-        calm: schedule(world, life, now),
-        host: host.clone(),
-        died: Gate::default(),
-        severed: Gate::default(),
-        countdown: Cell::new(None),
-        action: RefCell::new(None),
-    });
+    let calm = Rc::new(Cell::new(schedule(world, life, now)));
+    let fate = Fate::new(&host, calm, false);
     arm(&fate, life.end, now);
     let clean = live(world, life, number, &fate).await;
     fate.action.take();
@@ -298,7 +353,7 @@ async fn mount<S: System>(
             Waited::Done(Ok(mount)) => return Ok(Some(mount)),
             Waited::Done(Err(MountError(text))) => {
                 world.note("refused", &[], || text.clone());
-                if !faulty || world.sim.now() > fate.calm + BOUND {
+                if !faulty || world.sim.now() > fate.calm.get() + BOUND {
                     return Err(violation("mount", text));
                 }
                 world.sim.sleep(SECOND).await;
@@ -449,7 +504,9 @@ async fn leave<S: System>(
             world.note("unmounted", &[], String::new);
             Ok(true)
         }
-        Waited::Done(Err(text)) if world.sim.now() <= fate.calm + BOUND || fate.is_severed() => {
+        Waited::Done(Err(text))
+            if world.sim.now() <= fate.calm.get() + BOUND || fate.is_severed() =>
+        {
             world.note("refused", &[1], || text);
             Ok(false)
         }

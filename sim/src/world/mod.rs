@@ -1,4 +1,4 @@
-//! A world of one node, from an empty pair of devices to the last check:
+//! A world of one node (those of several are in `cluster`), from an empty pair of devices to the last check:
 //! make the volume, then life after life of the mount: mount, look at
 //! everything and judge what the last crash left, run the workload under
 //! faults, end as the plan says. At the end all faults are healed, and
@@ -8,6 +8,7 @@
 //! liveness, with the calls that hang.
 
 mod audit;
+pub mod cluster;
 mod life;
 pub mod node;
 mod workload;
@@ -20,7 +21,9 @@ use crate::oracle::{Oracle, Violation};
 use crate::plan::Plan;
 use crate::trace::{LineSink, Trace};
 use outrider_core::env::{set_mutant, set_probe_sink};
+use outrider_core::format::Key;
 use outrider_core::fs::api::{KernelCache, Posix};
+use outrider_core::locks::Mode;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -53,6 +56,18 @@ pub trait System: Sized + 'static {
     async fn unmount(self: Rc<Self>) -> Result<(), String>;
     /// Gives up what is not durable.
     async fn force_unmount(self: Rc<Self>);
+    /// Completes when the cluster has declared this mount dead.
+    async fn evicted(&self) {
+        std::future::pending().await
+    }
+    /// The cluster locks it has, by their first key; for comparison across mounts.
+    fn locks(&self) -> Vec<(Key, Mode)> {
+        Vec::new()
+    }
+    /// What waits in it, for a failure of liveness.
+    fn waits(&self) -> String {
+        String::new()
+    }
     /// Checks the devices; `clean` after an unmount.
     async fn check(host: &Host, volume: &Rc<Self::Volume>, clean: bool) -> Result<(), String>;
 }
@@ -82,6 +97,9 @@ pub struct Outcome {
     pub probes: BTreeMap<&'static str, u64>,
     /// What went wrong.
     pub failure: Option<Violation>,
+    /// What somebody outside of the filesystem did wrong, which ended the world:
+    /// a fence agent that lied.
+    pub blamed: Option<String>,
 }
 
 thread_local! {
@@ -242,6 +260,16 @@ async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
     };
     let result = match S::make(&host, &plan).await {
         Err(text) => Err(Violation { kind: "mkfs", text }),
+        Ok(volume) if plan.cluster.is_some() => {
+            let parts = cluster::Parts {
+                plan,
+                sim: Rc::clone(&sim),
+                net,
+                disks: Rc::clone(&disks),
+                first: node,
+            };
+            cluster::world::<S>(parts, volume, &mut outcome).await
+        }
         Ok(volume) => {
             let world = Rc::new(World::<S> {
                 plan,

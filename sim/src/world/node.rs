@@ -1,11 +1,13 @@
 //! Outrider itself as the system under test: `node::Mount` in a cluster of one.
 
 use super::{MountError, System};
-use crate::backend::Host;
+use crate::backend::{Host, Node};
 use crate::plan::Plan;
 use outrider_core::env::{DeviceRole, Duration, Env, Gate, LocalBoxFuture, Time};
+use outrider_core::format::Key;
 use outrider_core::fs::Fs;
 use outrider_core::fs::api::KernelCache;
+use outrider_core::locks::Mode;
 use outrider_core::node::{Mount, NodeConfig};
 use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
 use outrider_core::volume::check::{CheckOptions, check};
@@ -45,6 +47,9 @@ impl FenceAgent for SimFence {
         env: &Env,
         request: FenceRequest,
     ) -> LocalBoxFuture<'static, Result<(), FenceError>> {
+        if let Some(fencer) = super::cluster::fencer() {
+            return fencer.fence(env, request);
+        }
         let first = self.asked.fetch_add(1, Ordering::Relaxed) < 1;
         let (manner, env) = (self.manner, env.clone());
         let now = env.clock.now();
@@ -70,13 +75,23 @@ impl FenceAgent for SimFence {
     }
 }
 
-fn config(plan: &Plan) -> NodeConfig {
+fn config(host: &Host, plan: &Plan) -> NodeConfig {
     let agent = Arc::new(SimFence {
         manner: plan.config.fence,
         asked: AtomicU32::new(0),
         since: AtomicU64::new(0),
     });
     let mut config = NodeConfig::new(Some(0), agent);
+    if let Some(cluster) = &plan.cluster {
+        let number = host.node.id as usize;
+        config.quorum_slot = cluster.nodes[number].member.then_some(number);
+        let millis = |millis: u32| Duration::from_millis(u64::from(millis));
+        config.heartbeat_timeout = millis(cluster.heartbeat_ms);
+        config.keepalive = millis(cluster.keepalive_ms);
+        config.server.keepalive_timeout = millis(cluster.keepalive_ms);
+        config.server.recovery_timeout = millis(cluster.recovery_ms);
+        config.server.reconnect_timeout = millis(cluster.reconnect_ms);
+    }
     config.block = block::Policy::small();
     if plan.config.squeeze >= 1 {
         config.log = log::Policy::small();
@@ -105,6 +120,22 @@ fn config(plan: &Plan) -> NodeConfig {
     config
 }
 
+/// The quorum slots: the members' addresses.
+fn slots(host: &Host, plan: &Plan) -> Vec<(u64, SocketAddrV4)> {
+    let Some(cluster) = &plan.cluster else {
+        return vec![(0, SocketAddrV4::new(host.node.ip, PORT))];
+    };
+    let members = (0..cluster.nodes.len()).filter(|number| cluster.nodes[*number].member);
+    members
+        .map(|number| {
+            (
+                number as u64,
+                SocketAddrV4::new(Node::address(number as u32), PORT),
+            )
+        })
+        .collect()
+}
+
 impl System for Outrider {
     type Volume = ();
     type Fs = Fs;
@@ -115,7 +146,7 @@ impl System for Outrider {
         let (meta, data) = (open(DeviceRole::Meta)?, open(DeviceRole::Data)?);
         let options = MkfsOptions {
             fmt_vers: plan.config.format_version,
-            slots: vec![(0, SocketAddrV4::new(host.node.ip, PORT))],
+            slots: slots(host, plan),
             allow_small: true,
             ..MkfsOptions::default()
         };
@@ -133,7 +164,8 @@ impl System for Outrider {
     ) -> Result<Rc<Self>, MountError> {
         let env = host.env("mount");
         let rid = env.entropy.rid();
-        let mount = Mount::start(&env, rid, config(plan), cache, &Gate::default()).await;
+        host.life.set_rid(rid);
+        let mount = Mount::start(&env, rid, config(host, plan), cache, &Gate::default()).await;
         let mount = mount.map_err(|error| MountError(error.to_string()))?;
         Ok(Rc::new(Self { mount, _env: env }))
     }
@@ -149,6 +181,37 @@ impl System for Outrider {
 
     async fn force_unmount(self: Rc<Self>) {
         self.mount.force_unmount().await;
+    }
+
+    async fn evicted(&self) {
+        self.mount.evicted().await;
+    }
+
+    fn locks(&self) -> Vec<(Key, Mode)> {
+        let table = self.mount.locks().table();
+        table
+            .iter()
+            .map(|lock| {
+                (
+                    lock.scope.range().start,
+                    lock.invalidating.unwrap_or(lock.mode),
+                )
+            })
+            .collect()
+    }
+
+    fn waits(&self) -> String {
+        let table = self.mount.locks().table();
+        let busy = table.iter().filter(|lock| {
+            lock.waiters > 0 || lock.invalidating.is_some() || lock.users.iter().any(|n| *n > 0)
+        });
+        busy.map(|lock| {
+            format!(
+                "\n  lock {:?}: {:?}, invalidating {:?}, users {:?}, {} wait",
+                lock.scope, lock.mode, lock.invalidating, lock.users, lock.waiters
+            )
+        })
+        .collect()
     }
 
     async fn check(host: &Host, _volume: &Rc<()>, _clean: bool) -> Result<(), String> {

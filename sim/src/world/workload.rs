@@ -23,6 +23,13 @@ pub(super) struct Table {
 }
 
 impl Table {
+    /// Knows what there is now; what is held open stays so.
+    pub fn know(&mut self, state: &Model) {
+        let held = std::mem::take(&mut self.held);
+        self.fill(state);
+        self.held = held;
+    }
+
     /// Knows what was observed, and nothing else.
     pub fn fill(&mut self, observed: &Model) {
         *self = Self::default();
@@ -81,9 +88,38 @@ pub(super) struct Desk {
     tolerance: Tolerance,
     tags: Rc<Cell<u64>>,
     count: Rc<dyn Fn()>,
+    seat: u32,
+}
+
+/// What the desks of a world of several nodes share, and what is a node's own.
+pub(super) struct Office {
+    pub node: Rc<Node>,
+    pub oracle: Rc<RefCell<Oracle>>,
+    pub steps: Rc<RefCell<Vec<(u64, i64, i64)>>>,
+    pub tags: Rc<Cell<u64>>,
+    pub calls: Rc<Cell<u64>>,
+    pub tolerance: Tolerance,
 }
 
 impl Desk {
+    /// The desk of one mount among several.
+    pub fn of_seat(office: Office, fate: &Rc<Fate>) -> Self {
+        let calls = office.calls;
+        Self {
+            sim: Rc::clone(&fate.host.sim),
+            node: office.node,
+            fate: Rc::clone(fate),
+            oracle: office.oracle,
+            steps: office.steps,
+            pending: RefCell::default(),
+            next: Cell::new(0),
+            tolerance: office.tolerance,
+            tags: office.tags,
+            count: Rc::new(move || calls.set(calls.get() + 1)),
+            seat: fate.host.life.seat(),
+        }
+    }
+
     pub fn new<S: System>(world: &Rc<World<S>>, life: &LifePlan, fate: &Rc<Fate>) -> Self {
         let counting = Rc::clone(world);
         let errors = life.faults.iter().any(|fault| {
@@ -107,6 +143,7 @@ impl Desk {
             },
             tags: Rc::clone(&world.tags),
             count: Rc::new(move || counting.calls.set(counting.calls.get() + 1)),
+            seat: 0,
         }
     }
 
@@ -131,9 +168,11 @@ impl Desk {
             wall: range,
             tolerance: Tolerance {
                 link: self.fate.is_severed(),
+                io: self.tolerance.io || (self.seat != 0 && self.fate.is_severed()),
                 ..self.tolerance
             },
             weak: false,
+            seat: self.seat,
         }
     }
 
@@ -176,10 +215,13 @@ impl Recorder for Desk {
                 text.truncate(400);
                 text
             });
-        let number = self
-            .oracle
-            .borrow_mut()
-            .begin(call.clone(), self.context(start, wall));
+        // What a condemned mount does from now on counts no more.
+        let number = if self.fate.is_condemned() {
+            usize::MAX
+        } else {
+            let cx = self.context(start, wall);
+            self.oracle.borrow_mut().begin(call.clone(), cx)
+        };
         let open = Open {
             number,
             start,
@@ -194,7 +236,7 @@ impl Recorder for Desk {
         let Some(open) = self.pending.borrow_mut().remove(&ticket) else {
             return;
         };
-        if self.fate.is_dead() {
+        if self.fate.is_dead() || self.fate.is_condemned() {
             return;
         }
         let cx = self.context(open.start, open.wall);
@@ -250,7 +292,7 @@ impl<P: Posix> Scene<P> {
     /// Runs a list of operations, one after the other.
     pub async fn run(&self, ops: &[PlanOp]) {
         for op in ops {
-            if self.desk.fate.is_dead() {
+            if self.desk.fate.is_dead() || self.desk.fate.is_condemned() {
                 return;
             }
             self.operate(op).await;
