@@ -71,6 +71,7 @@ struct Maps {
     versions: Versions,
     pages: BTreeMap<Ino, Pages>,
     lookups: BTreeMap<Ino, u64>,
+    opens: BTreeMap<Ino, u32>,
 }
 
 /// How often the attributes of each inode changed here.
@@ -102,6 +103,7 @@ pub struct Caches {
     reads_done: Signal,
     unlocked: Signal,
     name_epoch: Cell<u64>,
+    walks: Cell<bool>,
 }
 
 impl Caches {
@@ -118,7 +120,15 @@ impl Caches {
             reads_done: Signal::default(),
             unlocked: Signal::default(),
             name_epoch: Cell::new(0),
+            walks: Cell::new(false),
         })
+    }
+
+    /// Lets the kernel find an inode (by its handle) before it asks about it, and
+    /// keep it while it is open, as it must where others may take caches away:
+    /// the filesystem invalidates only what the kernel got from it.
+    pub fn walk(&self) {
+        self.walks.set(true);
     }
 
     fn lock_of(&self, ino: Ino) -> std::sync::Arc<RwLock<()>> {
@@ -320,14 +330,49 @@ impl<P: Posix> Kernel<P> {
         }
         let number = recorder.begin(call);
         let mut opened = None;
-        let reply = match Box::pin(self.perform(call, fh, &mut opened)).await {
-            Ok(reply) => reply,
-            Err(error) => Reply::Err(error),
+        let answer = match self.find(call).await {
+            Ok(()) => Box::pin(self.perform(call, fh, &mut opened)).await,
+            Err(error) => Err(error),
         };
+        let reply = answer.unwrap_or_else(Reply::Err);
+        self.count_open(call, opened);
         self.settle(call);
         recorder.end(number, &reply);
         self.maybe_forget();
         (reply, opened)
+    }
+
+    /// Finds the inodes that the kernel does not know yet.
+    async fn find(&self, call: &Call) -> Result<(), Errno> {
+        if !self.caches.walks.get() {
+            return Ok(());
+        }
+        for ino in call.subjects().into_iter().flatten() {
+            let known = ino == crate::model::ROOT || {
+                let maps = self.caches.maps.borrow();
+                maps.lookups.contains_key(&ino) || maps.opens.contains_key(&ino)
+            };
+            if !known {
+                self.fs.lookup(&self.cx, ino, b".").await?;
+                self.caches.count_lookup(ino);
+            }
+        }
+        Ok(())
+    }
+
+    fn count_open(&self, call: &Call, opened: Option<Handle>) {
+        let mut maps = self.caches.maps.borrow_mut();
+        if let Some(handle) = opened {
+            *maps.opens.entry(handle.ino).or_default() += 1;
+        }
+        if let Call::Release { ino } = call
+            && let Some(count) = maps.opens.get_mut(ino)
+        {
+            *count -= 1;
+            if *count == 0 {
+                maps.opens.remove(ino);
+            }
+        }
     }
 
     async fn lock(&self, call: &Call) -> Vec<Held> {
@@ -780,6 +825,12 @@ impl<P: Posix> Kernel<P> {
             maps.lookups.iter().nth(index).map(|(ino, n)| (*ino, *n))
         };
         let Some((ino, count)) = chosen else { return };
+        if self.caches.walks.get() {
+            if self.caches.maps.borrow().opens.contains_key(&ino) {
+                return;
+            }
+            self.caches.drop_pages(ino);
+        }
         {
             let mut maps = self.caches.maps.borrow_mut();
             maps.lookups.remove(&ino);

@@ -49,6 +49,8 @@ struct Flight {
     seat: u32,
 }
 
+/// What happens when a request completes.
+type End = Box<dyn FnOnce()>;
 type Trap = (u64, Box<dyn FnOnce()>);
 
 /// A write that reached a medium, or part of one.
@@ -82,7 +84,7 @@ struct Machines {
     /// Machines whose requests are refused: their registration was taken away.
     barred: RefCell<BTreeSet<u32>>,
     /// Machines that stand still: their requests end when they go on.
-    frozen: RefCell<BTreeMap<u32, Vec<Box<dyn FnOnce()>>>>,
+    frozen: RefCell<BTreeMap<u32, Vec<End>>>,
     watch: RefCell<Option<Watch>>,
 }
 
@@ -493,9 +495,8 @@ impl Handle {
             let _ = tell.send(out);
         };
         sim.call_at(at, move || {
-            match machines.frozen.borrow_mut().get_mut(&node) {
-                Some(parked) => return parked.push(Box::new(end)),
-                None => {}
+            if let Some(parked) = machines.frozen.borrow_mut().get_mut(&node) {
+                return parked.push(Box::new(end));
             }
             end();
         });

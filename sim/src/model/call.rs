@@ -200,6 +200,19 @@ impl Call {
         )
     }
 
+    /// Whether it goes through an open file.
+    pub fn needs_open(&self) -> bool {
+        matches!(
+            self,
+            Call::Read { .. }
+                | Call::Write { .. }
+                | Call::Fsync { .. }
+                | Call::Fallocate { .. }
+                | Call::Seek { .. }
+                | Call::Release { .. }
+        )
+    }
+
     /// The file whose contents or size it changes, perhaps in several steps.
     pub fn changes_data_of(&self) -> Option<Ino> {
         match self {

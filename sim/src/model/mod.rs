@@ -364,11 +364,15 @@ impl Model {
                 cx.tolerance.link
             }
             // Unlinked and closed: its items may be going.
-            Errno::ENOENT | Errno::ESTALE | Errno::ENODATA => call
-                .subjects()
-                .into_iter()
-                .flatten()
-                .any(|ino| self.get(ino).is_none_or(Inode::is_ghost)),
+            Errno::ENOENT | Errno::ESTALE | Errno::ENODATA => {
+                call.subjects().into_iter().flatten().any(|ino| {
+                    self.get(ino).is_none_or(|inode| {
+                        // Open elsewhere: here it can not be reached any more.
+                        let elsewhere = cx.seat != 0 && inode.nlink == 0 && !call.needs_open();
+                        inode.is_ghost() || elsewhere
+                    })
+                })
+            }
             _ => false,
         }
     }

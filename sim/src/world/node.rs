@@ -203,7 +203,8 @@ impl System for Outrider {
     fn waits(&self) -> String {
         let table = self.mount.locks().table();
         let busy = table.iter().filter(|lock| {
-            lock.waiters > 0 || lock.invalidating.is_some() || lock.users.iter().any(|n| *n > 0)
+            let used = lock.users.iter().any(|count| *count > 0);
+            lock.waiters > 0 || used || lock.invalidating.is_some() || lock.mode != Mode::Null
         });
         busy.map(|lock| {
             format!(

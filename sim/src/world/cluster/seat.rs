@@ -229,6 +229,7 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
         config.kernel_caches,
         config.kernel_locks,
     );
+    caches.walk();
     loop {
         let (plan, volume) = (Rc::clone(&world.plan), Rc::clone(&world.volume));
         let (host, cache) = (fate.host.clone(), Rc::new(Notify(Rc::clone(&caches))));
