@@ -2,6 +2,8 @@
 //! and, on demand, wrong in one chosen way. It tests the judge: the right one
 //! must pass every seed, each wrong one must be caught.
 
+mod shared;
+
 use crate::backend::Host;
 use crate::model::{Call, Context, Model, ROOT, Reply, S_IFDIR};
 use crate::rng::Stream;
@@ -28,8 +30,12 @@ pub const FLAWS: [&str; 8] = [
     "unsynced_order",
 ];
 
+/// The ways in which it can be wrong in a world of several nodes.
+pub const CLUSTER_FLAWS: [&str; 3] = ["handover_without_commit", "death_loses_half", "stale_reads"];
+
 /// What the volume holds while no mount runs.
 pub struct Volume {
+    cluster: Option<shared::Shared>,
     durable: RefCell<Model>,
     flaw: Option<&'static str>,
     next_ino: Cell<Ino>,
@@ -51,10 +57,11 @@ impl System for Reference {
     async fn make(_host: &Host, plan: &crate::plan::Plan) -> Result<Rc<Volume>, String> {
         let flaw = FLAWS
             .into_iter()
+            .chain(CLUSTER_FLAWS)
             .find(|name| outrider_core::env::mutant(name));
-        let _ = plan;
         Ok(Rc::new(Volume {
             durable: RefCell::new(Model::new(S_IFDIR | 0o755)),
+            cluster: plan.cluster.as_ref().map(|_| shared::Shared::default()),
             flaw,
             next_ino: Cell::new(1024),
         }))
@@ -112,6 +119,9 @@ impl Reference {
     }
 
     fn commit(&self) {
+        if let Some(shared) = &self.volume.cluster {
+            return shared.commit(self.host.life.seat());
+        }
         let state = self.state.borrow();
         let mut durable = self.volume.durable.borrow_mut();
         if self.flawed("unsynced_order") && self.rng.chance(300) {
@@ -142,7 +152,10 @@ impl Reference {
         if self.rng.chance(400) {
             sim.sleep(self.rng.below(200_000)).await;
         }
-        let reply = self.execute(&call);
+        let reply = match &self.volume.cluster {
+            Some(shared) => shared.execute(self, &call),
+            None => self.execute(&call),
+        };
         if self.rng.chance(300) {
             sim.sleep(self.rng.below(100_000)).await;
         }
@@ -209,11 +222,16 @@ impl Reference {
     }
 
     async fn entry(&self, call: Call) -> Result<Entry, Errno> {
+        // With others about it has no way to take back what the kernel keeps.
+        let valid = match self.volume.cluster {
+            Some(_) => Duration::ZERO,
+            None => Duration::from_secs(3600),
+        };
         match self.run(call).await? {
             Reply::Entry(attr) => Ok(Entry {
                 attr,
-                entry_valid: Duration::from_secs(3600),
-                attr_valid: Duration::from_secs(3600),
+                entry_valid: valid,
+                attr_valid: valid,
             }),
             other => unreachable!("an entry, not {other:?}"),
         }
@@ -243,7 +261,7 @@ impl Reference {
         self.next_fh.set(fh + 1);
         Opened {
             fh,
-            keep_cache: true,
+            keep_cache: self.volume.cluster.is_none(),
             direct_io: false,
         }
     }

@@ -15,7 +15,7 @@ use super::chain::{Chain, Nth};
 use super::cut::{is_making, is_nameless, part};
 use super::explain::explain;
 use super::search::mark_of;
-use super::{BUDGET, Oracle, Record, Violation, mark_weak};
+use super::{Oracle, Record, Violation, mark_weak};
 use crate::model::recover::Later;
 use crate::model::{Call, Model, Reply};
 use outrider_core::env::HashSet;
@@ -218,7 +218,8 @@ impl<'a, 'b> Search<'a, 'b> {
         if is_making(&record.call) {
             let unknown = self.strangers.iter().copied().chain([1 << 60]);
             let unknown = unknown.filter(|ino| state.get(*ino).is_none());
-            states.extend(unknown.filter_map(|ino| state.take_effect(&record.call, Some(ino), &cx)));
+            states
+                .extend(unknown.filter_map(|ino| state.take_effect(&record.call, Some(ino), &cx)));
         }
         states.extend(state.take_effect(&record.call, None, &cx));
         states
@@ -319,13 +320,13 @@ impl Oracle {
         let fragile = |record: &Record| record.has_effect() && !record.durable;
         let shaky = current.iter().any(|r| lives(r) && fragile(r))
             || self.chain.records_mut().any(|r| lives(r) && fragile(r));
-        let mut left = BUDGET;
+        let mut left = self.budget;
         let verdict = if self.lost {
             None
         } else {
             judge(&mut self.chain, &dead, &current, observed, &mut left)
         };
-        self.steps += BUDGET - left;
+        self.steps += self.budget - left;
         let state = match verdict {
             Some(Ok(state)) => *state,
             Some(Err(violation)) if !self.shaky => return Err(violation),

@@ -1,8 +1,8 @@
 //! The judge is judged: the right reference passes, each wrong one is caught.
 
 use super::*;
-use crate::plan::Plan;
-use crate::reference::{FLAWS, Reference};
+use crate::plan::{Plan, Profile};
+use crate::reference::{CLUSTER_FLAWS, FLAWS, Reference};
 
 fn run_reference(seed: u64, mutant: Option<&'static str>) -> Outcome {
     let options = Options {
@@ -41,6 +41,34 @@ fn a_seed_gives_the_same_events_twice() {
 fn every_wrong_reference_is_caught() {
     for flaw in FLAWS {
         let found = (0..150).find(|seed| run_reference(*seed, Some(flaw)).failure.is_some());
+        assert!(found.is_some(), "{flaw} was not found");
+    }
+}
+
+fn run_cluster(seed: u64, mutant: Option<&'static str>) -> Outcome {
+    let options = Options {
+        mutant,
+        ..Options::default()
+    };
+    run::<Reference>(&Plan::from_seed(seed, Some(Profile::Cluster)), options)
+}
+
+#[test]
+fn the_right_reference_passes_on_several_nodes() {
+    let outcomes: Vec<_> = (0..80).map(|seed| run_cluster(seed, None)).collect();
+    let failing: Vec<_> = outcomes
+        .iter()
+        .filter_map(|outcome| Some((outcome.seed, outcome.failure.as_ref()?)))
+        .collect();
+    assert_eq!(failing, []);
+    let unjudged: u64 = outcomes.iter().map(|outcome| outcome.unjudged).sum();
+    assert!(unjudged < 8, "{unjudged} windows were not judged");
+}
+
+#[test]
+fn every_wrong_reference_is_caught_on_several_nodes() {
+    for flaw in CLUSTER_FLAWS {
+        let found = (0..100).find(|seed| run_cluster(*seed, Some(flaw)).failure.is_some());
         assert!(found.is_some(), "{flaw} was not found");
     }
 }

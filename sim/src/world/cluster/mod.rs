@@ -34,9 +34,10 @@ use crate::plan::{Loss, Plan};
 use crate::rng::Stream;
 use crate::world::audit::{Auditor, observe};
 use outrider_core::env::{Either, Gate, Signal, race};
-use seat::Seat;
+use seat::{Busy, Seat};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::net::Ipv4Addr;
 use std::rc::Rc;
 
@@ -235,23 +236,21 @@ impl<S: System> Cluster<S> {
     /// Lets these nodes do their part of a round; ends when all have.
     async fn work(self: &Rc<Self>, nodes: Vec<usize>, round: &Rc<Round>) -> Result<(), Violation> {
         let driving = Life::new();
+        let busy = Busy::new(nodes.len());
         let mut ends = Vec::new();
         for number in nodes {
             let (tell, told) = tokio::sync::oneshot::channel();
-            let (world, round) = (Rc::clone(self), Rc::clone(round));
+            let (world, round, busy) = (Rc::clone(self), Rc::clone(round), Rc::clone(&busy));
             let drive = async move {
-                let result = Box::pin(seat::drive(&world, number, &round)).await;
+                let result = Box::pin(seat::drive(&world, number, &round, &busy)).await;
                 let _ = tell.send(result);
             };
             spawn(&self.sim, &driving, Box::pin(drive));
             ends.push(told);
         }
         let mut result = Ok(());
-        for end in ends {
-            result = end.await.unwrap_or(Ok(()));
-            if result.is_err() {
-                break;
-            }
+        while !ends.is_empty() && result.is_ok() {
+            result = first_of(&mut ends).await;
         }
         driving.kill();
         result
@@ -311,7 +310,8 @@ impl<S: System> Cluster<S> {
             // What those who live have done is not to be in question as well.
             for seat in self.seated() {
                 let scene = seat.scene();
-                seat.stage("a sync", async move { scene.sync().await }).await?;
+                seat.stage("a sync", async move { scene.sync().await })
+                    .await?;
             }
             let observed = self.observe(observer).await?;
             observer = (observer + 1) % self.machines.len();
@@ -320,7 +320,9 @@ impl<S: System> Cluster<S> {
                 continue; // Somebody died meanwhile: look again.
             }
             let deaths = self.deaths.take();
-            self.note(0, "judged", &[deaths.len() as u64], || format!("{deaths:?}"));
+            self.note(0, "judged", &[deaths.len() as u64], || {
+                format!("{deaths:?}")
+            });
             return self.oracle.borrow_mut().lost(&deaths, &observed);
         }
     }
@@ -490,6 +492,27 @@ impl<S: System> Cluster<S> {
         self.oracle.borrow_mut().quiet()?;
         self.check(true).await
     }
+}
+
+type Ends = Vec<tokio::sync::oneshot::Receiver<Result<(), Violation>>>;
+
+/// Waits for whoever ends first, and takes it out.
+async fn first_of(ends: &mut Ends) -> Result<(), Violation> {
+    let (index, result) = std::future::poll_fn(|cx| {
+        let mut ended = ends.iter_mut().enumerate().filter_map(|(index, end)| {
+            match std::pin::Pin::new(end).poll(cx) {
+                std::task::Poll::Ready(result) => Some((index, result)),
+                std::task::Poll::Pending => None,
+            }
+        });
+        match ended.next() {
+            Some(first) => std::task::Poll::Ready(first),
+            None => std::task::Poll::Pending,
+        }
+    })
+    .await;
+    ends.remove(index);
+    result.unwrap_or(Ok(()))
 }
 
 /// How long a stage may take once everything is calm, in nanoseconds.

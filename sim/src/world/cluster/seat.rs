@@ -11,8 +11,8 @@ use crate::plan::{DiskFault, End, Loss, PlanOp, When};
 use crate::world::life::{Fate, Waited, arm, within};
 use crate::world::workload::{Desk, Office, Scene};
 use crate::world::{MountError, System};
-use outrider_core::env::{Either, race};
-use std::cell::RefCell;
+use outrider_core::env::{Either, Gate, race};
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
 
@@ -93,11 +93,36 @@ pub(super) fn all_leave(count: usize) -> Vec<Ending> {
     (0..count as u8).map(end).collect()
 }
 
-/// One node's part of a round.
+/// How many nodes still have something to do in a round.
+pub(super) struct Busy {
+    count: Cell<usize>,
+    over: Gate,
+}
+
+impl Busy {
+    /// For so many nodes.
+    pub fn new(count: usize) -> Rc<Self> {
+        Rc::new(Self {
+            count: Cell::new(count),
+            over: Gate::default(),
+        })
+    }
+
+    fn done(&self) {
+        self.count.set(self.count.get() - 1);
+        if self.count.get() == 0 {
+            self.over.open();
+        }
+    }
+}
+
+/// One node's part of a round. A node that has done its part is there for the
+/// others until all have.
 pub(super) async fn drive<S: System>(
     world: &Rc<Cluster<S>>,
     number: usize,
     round: &Rc<Round>,
+    busy: &Busy,
 ) -> Result<(), Violation> {
     let mut ending = round
         .ends
@@ -128,15 +153,25 @@ pub(super) async fn drive<S: System>(
         };
         let leaves = ending.is_some_and(|ending| ending.how == How::Leave);
         if went == Went::Well && !leaves {
-            seat.fate.disarm();
-            return Ok(());
+            busy.done();
+            let fate = &seat.fate;
+            let unwell = race(
+                fate.died.wait(),
+                race(fate.condemned.wait(), fate.wait_severed()),
+            );
+            if let Either::Left(()) = race(busy.over.wait(), unwell).await {
+                seat.fate.disarm();
+                return Ok(());
+            }
+            busy.count.set(busy.count.get() + 1);
         }
         ending = None;
-        if went == Went::Well {
+        if went == Went::Well && leaves {
             leave(world, &seat).await?;
         }
         retire(world, &seat).await?;
         if back == u64::MAX {
+            busy.done();
             return Ok(());
         }
         world.sim.sleep(back).await;
