@@ -273,6 +273,9 @@ fn owned(name: &[u8]) -> Bytes {
 
 impl Posix for Reference {
     async fn lookup(&self, _: &Caller, parent: Ino, name: &[u8]) -> Result<Entry, Errno> {
+        if name == b"." {
+            return self.entry(Call::Getattr { ino: parent }).await;
+        }
         let name = owned(name);
         self.entry(Call::Lookup { dir: parent, name }).await
     }

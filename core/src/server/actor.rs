@@ -197,6 +197,8 @@ impl Server {
                 return self.fail(err.fatal());
             }
             self.fences.remove(rid);
+            // Farewells may have waited for it.
+            self.farewells.kick();
         }
     }
 

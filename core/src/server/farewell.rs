@@ -85,6 +85,38 @@ pub fn may_leave(
     go
 }
 
+/// Takes members out of `go` if those who would stay, as far as they are `here`, could
+/// elect nobody. A member that is not here may be dead: it helps nobody until it is back,
+/// and until it is fenced and reclaimed it counts in [`may_leave`] as if it were.
+pub fn keep_majority(
+    go: &mut Vec<u64>,
+    mounted: &[(u64, MountedClient)],
+    votes_needed: usize,
+    here: impl Fn(u64) -> bool,
+) {
+    let is_member = |client: &MountedClient| client.flags & MOUNTED_CLIENT_FLAG_QUORUM != 0;
+    loop {
+        let stay = || {
+            let stay = mounted.iter().filter(|(rid, _)| !go.contains(rid));
+            stay.filter(|(rid, _)| here(*rid))
+        };
+        let members = stay().filter(|(_, client)| is_member(client)).count();
+        if members >= votes_needed || stay().next().is_none() {
+            return;
+        }
+        let of_member = |rid: &u64| {
+            mounted
+                .iter()
+                .any(|(m, client)| m == rid && is_member(client))
+        };
+        let Some(last) = go.iter().rposition(of_member) else {
+            return;
+        };
+        probe("server.farewell.absent_member");
+        go.remove(last);
+    }
+}
+
 impl Server {
     /// Answers farewells as they may be answered, until the server stops.
     pub(super) async fn answer_farewells(self: Rc<Self>) {
@@ -97,6 +129,10 @@ impl Server {
                 return self.fail(err.fatal());
             }
         }
+    }
+
+    fn is_here(&self, rid: u64) -> bool {
+        self.peers().is_some_and(|peers| peers.is_connected(rid))
     }
 
     /// Lets those go that may go now. All of them are reclaimed before the first is
@@ -116,7 +152,9 @@ impl Server {
         }
         let mounted = self.store.mounted().await?;
         let votes = Slots::of(&self.store.stable().qconf).votes_needed();
-        let go = may_leave(&leaving, &mounted, votes);
+        let mut go = may_leave(&leaving, &mounted, votes);
+        let here = |rid: u64| leaving.contains(&rid) || self.is_here(rid);
+        keep_majority(&mut go, &mounted, votes, here);
         for rid in &go {
             self.reclaim(*rid).await?;
         }
@@ -177,6 +215,23 @@ mod tests {
     fn a_single_mount_leaves() {
         assert_eq!(may_leave(&[1], &mounts(&[1], &[]), 1), [1]);
         assert_eq!(may_leave(&[1], &mounts(&[1], &[9]), 1), Vec::<u64>::new());
+    }
+
+    #[test]
+    fn a_member_that_is_not_there_does_not_count_as_staying() {
+        let all = mounts(&[1, 2, 3], &[]);
+        let go = |leaving: &[u64], absent: u64, votes| {
+            let mut go = may_leave(leaving, &all, votes);
+            keep_majority(&mut go, &all, votes, |rid| rid != absent);
+            go
+        };
+        assert_eq!(go(&[1], 9, 2), [1]);
+        assert_eq!(go(&[1], 3, 2), Vec::<u64>::new(), "2 could elect nobody");
+        assert_eq!(go(&[1, 2], 3, 2), Vec::<u64>::new(), "nor whoever is last");
+        let pair = mounts(&[1, 2], &[]);
+        let mut go = may_leave(&[1], &pair, 1);
+        keep_majority(&mut go, &pair, 1, |rid| rid != 2);
+        assert_eq!(go, [1], "nobody is left behind");
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub trait Peers {
     /// # Errors
     /// If the client has no session.
     fn request(&self, rid: u64, cmd: NetCmd, payload: Bytes) -> Result<u64, NotConnected>;
+    /// Whether the client has a socket now.
+    fn is_connected(&self, rid: u64) -> bool;
     /// Closes the client's socket; it may reconnect.
     fn break_connection(&self, rid: u64);
     /// Closes the client's socket and forgets it.
@@ -32,6 +34,9 @@ impl Peers for Connections {
     }
     fn request(&self, rid: u64, cmd: NetCmd, payload: Bytes) -> Result<u64, NotConnected> {
         Connections::request(self, rid, cmd, payload)
+    }
+    fn is_connected(&self, rid: u64) -> bool {
+        Connections::is_connected(self, rid)
     }
     fn break_connection(&self, rid: u64) {
         Connections::break_connection(self, rid);

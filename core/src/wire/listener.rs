@@ -291,6 +291,12 @@ impl Connections {
         Ok(id)
     }
 
+    /// Whether the client has a socket now, not only a session.
+    pub fn is_connected(&self, rid: u64) -> bool {
+        let session = self.inner.session(rid);
+        session.is_ok_and(|session| session.state.borrow().socket.is_some())
+    }
+
     /// Closes the client's socket; its session waits for it to reconnect.
     pub fn break_connection(&self, rid: u64) {
         if let Ok(session) = self.inner.session(rid)

@@ -31,6 +31,19 @@ impl Auditor {
         }
     }
 
+    /// What an observer in a world of several nodes sees is in no record.
+    fn trace(&self, call: &Call, reply: &Reply) {
+        let host = &self.fate.host;
+        if !self.patient || host.life.seat() == 0 {
+            return;
+        }
+        let args = [reply.digest()];
+        let now = self.sim.now();
+        self.sim.trace.event(now, host.node.id, "look", &args, || {
+            format!("{call:?} {}", reply.brief())
+        });
+    }
+
     /// Takes errors as answers.
     pub fn hurried(sim: &Rc<Sim>, fate: &Rc<Fate>) -> Self {
         Self {
@@ -106,6 +119,7 @@ impl<A: Asked> Look<'_, A> {
     async fn ask(&self, call: Call, fh: Option<Handle>) -> Seen<(Reply, Option<Handle>)> {
         loop {
             let (reply, handle) = self.kernel.ask(&call, fh).await;
+            self.auditor.trace(&call, &reply);
             match reply {
                 Reply::Err(Errno::EIO) if self.auditor.patient => {
                     if self.auditor.fate.is_severed() {

@@ -80,6 +80,9 @@ impl Peers for Wire {
         self.requests.borrow_mut().push((rid, cmd, payload));
         Ok(1)
     }
+    fn is_connected(&self, rid: u64) -> bool {
+        self.connected.borrow().contains(&rid)
+    }
     fn break_connection(&self, rid: u64) {
         self.broken.borrow_mut().push(rid);
     }
