@@ -444,7 +444,20 @@ impl<S: System> Cluster<S> {
         match (how, seat) {
             (Broken::Dead, Some(seat)) if broken => seat.fate.kill(None),
             (Broken::Dark, Some(seat)) if broken => seat.fate.kill(Some(Survival::All)),
-            (Broken::Still, Some(seat)) => seat.fate.host.life.pause(None, broken),
+            (Broken::Still, seat) => {
+                // The whole machine: of a stopped process alone nobody would know.
+                let node = self.machines[number].node.id;
+                let all = (1 << self.machines.len()) - 1;
+                self.cut(1 << number, all & !(1 << number), false, broken);
+                if broken {
+                    self.disks.freeze(node);
+                } else {
+                    self.disks.thaw(node);
+                }
+                if let Some(seat) = seat {
+                    seat.fate.host.life.pause(None, broken);
+                }
+            }
             (Broken::Alone, _) => {
                 let all = (1 << self.machines.len()) - 1;
                 self.cut(1 << number, all & !(1 << number), false, broken);
