@@ -51,6 +51,9 @@ pub struct Sim {
     yield_permille: Cell<u64>,
     rng: Stream,
     next_actor: Cell<u64>,
+    /// The mount whose task runs now, and the last probe that each has reached.
+    running: Cell<u32>,
+    reached: RefCell<BTreeMap<u32, &'static str>>,
 }
 
 impl Sim {
@@ -69,6 +72,8 @@ impl Sim {
             yield_permille: Cell::new(200),
             rng: Stream::new(seed, "executor", 0),
             next_actor: Cell::new(0),
+            running: Cell::new(0),
+            reached: RefCell::default(),
         });
         madsim::task::spawn_local(run_timers(Rc::downgrade(&sim)));
         sim
@@ -87,6 +92,19 @@ impl Sim {
     /// Sets how long one poll of a task takes, in nanoseconds.
     pub fn set_poll_cost(&self, nanos: u64) {
         self.poll_cost.set(nanos);
+    }
+
+    /// Notes that the mount whose task runs has reached a probe.
+    pub fn note_probe(&self, name: &'static str) {
+        let seat = self.running.get();
+        if seat != 0 {
+            self.reached.borrow_mut().insert(seat, name);
+        }
+    }
+
+    /// The last probe that a mount has reached.
+    pub fn last_probe(&self, seat: u32) -> Option<&'static str> {
+        self.reached.borrow().get(&seat).copied()
     }
 
     /// Number of polls so far.
@@ -352,6 +370,7 @@ impl Future for Guarded {
             return Poll::Pending;
         }
         self.sim.count_poll();
+        self.sim.running.set(self.life.seat());
         let Some(future) = &mut self.future else {
             return Poll::Ready(());
         };

@@ -3,7 +3,7 @@
 use super::{parse_profile, run_plan, save};
 use indicatif::{ProgressBar, ProgressStyle};
 use outrider_sim::plan::{Plan, Profile};
-use outrider_sim::world::Outcome;
+use outrider_sim::world::{Outcome, cluster::steps};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -231,6 +231,12 @@ fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
     }
     let reached: Vec<String> = probes.iter().map(|(p, n)| format!("{p} {n}")).collect();
     println!("reached: {}", reached.join(", "));
+    if args.profile == Some(Profile::Cluster) {
+        let missed: Vec<&str> = steps::all().filter(|p| !probes.contains_key(p)).collect();
+        println!("steps of the crash tables never hit: {}", missed.join(", "));
+        let blamed = found.outcomes.values().filter(|o| o.blamed.is_some());
+        println!("ended by a lying fence agent: {}", blamed.count());
+    }
     let mut kinds: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
     for outcome in failed {
         let kind = outcome.failure.as_ref().map_or("", |failure| failure.kind);

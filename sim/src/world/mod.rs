@@ -223,6 +223,7 @@ async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
     set_probe_sink(Some(Box::new(move |name| {
         *counted.borrow_mut().entry(name).or_default() += 1;
         if let Some(sim) = tracing.upgrade() {
+            sim.note_probe(name);
             let now = sim.now();
             sim.trace.event(now, 0, "probe", &[], || name.to_owned());
         }

@@ -16,6 +16,7 @@
 
 mod fencing;
 mod seat;
+pub mod steps;
 mod trouble;
 mod watch;
 

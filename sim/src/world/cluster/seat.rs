@@ -1,7 +1,7 @@
 //! One mount after the other on one machine: it mounts, works, and ends as the
 //! plan, a fence agent or the cluster wants.
 
-use super::{Cluster, PATIENCE, SECOND, violation};
+use super::{Cluster, PATIENCE, SECOND, steps, violation};
 use crate::backend::{Host, Life};
 use crate::kernel::{Caches, Kernel, Notify};
 use crate::model::Tolerance;
@@ -11,7 +11,7 @@ use crate::plan::{DiskFault, End, Loss, PlanOp, When};
 use crate::world::life::{Fate, Waited, arm, within};
 use crate::world::workload::{Desk, Office, Scene};
 use crate::world::{MountError, System};
-use outrider_core::env::{Either, Gate, race};
+use outrider_core::env::{Either, Gate, probe, race};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
@@ -210,6 +210,10 @@ async fn take_seat<S: System>(
         let Some(world) = weak.upgrade() else { return };
         world.note(node_id, "dead", &[u64::from(seat_number)], String::new);
         world.calm_after(world.sim.now() + 60 * SECOND);
+        let last = world.sim.last_probe(seat_number);
+        if let Some(step) = last.and_then(steps::death_after) {
+            probe(step);
+        }
         if !condemned.is_open() {
             world.died(seat_number);
         }
