@@ -6,6 +6,7 @@
 use super::Reference;
 use crate::backend::Life;
 use crate::model::{Call, Context, Model, Reply, S_IFDIR};
+use outrider_core::errno::Errno;
 use outrider_core::fs::api::Ino;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -55,8 +56,12 @@ impl Shared {
 
     /// Carries out a call of a mount.
     pub fn execute(&self, mount: &Reference, call: &Call) -> Reply {
-        let mut inner = self.0.borrow_mut();
         let life = &mount.host.life;
+        if !life.is_alive() {
+            // It died in the step in which it asked.
+            return Reply::Err(Errno::EIO);
+        }
+        let mut inner = self.0.borrow_mut();
         if !inner.mounts.iter().any(|known| Rc::ptr_eq(known, life)) {
             inner.mounts.push(Rc::clone(life));
         }
