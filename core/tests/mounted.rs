@@ -32,8 +32,8 @@ static ROOT: Caller = Caller {
 struct NoKernel;
 
 impl KernelCache for NoKernel {
-    fn invalidate(&self, _: Vec<Inval>) -> LocalBoxFuture<'static, ()> {
-        Box::pin(std::future::ready(()))
+    fn invalidate(&self, _: Vec<Inval>) -> LocalBoxFuture<'static, Vec<Inval>> {
+        Box::pin(std::future::ready(Vec::new()))
     }
 }
 

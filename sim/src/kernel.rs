@@ -232,7 +232,7 @@ impl Caches {
     fn forget_one(&self, what: &Inval) {
         match what {
             Inval::Attr(ino) => self.touch(*ino),
-            Inval::Pages(ino) => {
+            Inval::Pages(ino) | Inval::PageRange { ino, .. } => {
                 self.touch(*ino);
                 self.drop_pages(*ino);
             }
@@ -249,7 +249,7 @@ impl Caches {
 pub struct Notify(pub Rc<Caches>);
 
 impl KernelCache for Notify {
-    fn invalidate(&self, what: Vec<Inval>) -> LocalBoxFuture<'static, ()> {
+    fn invalidate(&self, what: Vec<Inval>) -> LocalBoxFuture<'static, Vec<Inval>> {
         let caches = Rc::clone(&self.0);
         Box::pin(async move {
             let sim = &caches.sim;
@@ -265,7 +265,7 @@ impl KernelCache for Notify {
             }
             for one in &what {
                 match one {
-                    Inval::Pages(ino) => {
+                    Inval::Pages(ino) | Inval::PageRange { ino, .. } => {
                         let idle = || {
                             let maps = caches.maps.borrow();
                             let busy = maps.pages.get(ino).is_some_and(|p| p.reading > 0);
@@ -280,6 +280,8 @@ impl KernelCache for Notify {
                 }
                 caches.forget_one(one);
             }
+            // This kernel knows an inode as soon as it is answered.
+            Vec::new()
         })
     }
 }

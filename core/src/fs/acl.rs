@@ -254,8 +254,8 @@ impl Fs {
         if let Some(acl) = &acl {
             acl.validate()?;
         }
-        let _local = self.local.alone(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Write).await?;
+        let _local = self.local.alone(ino).await;
         let mut inode = self.load(&locked, ino).await?;
         if inode.is_symlink() {
             return Err(Errno::EOPNOTSUPP.into());

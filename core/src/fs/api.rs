@@ -366,8 +366,17 @@ pub trait Posix {
 pub enum Inval {
     /// Attributes and ACLs of an inode (takes no kernel locks).
     Attr(Ino),
-    /// Attributes and all pages of an inode.
+    /// Attributes and all pages of an inode; dirty pages are written first.
     Pages(Ino),
+    /// Attributes, and the pages of a range.
+    PageRange {
+        /// The inode.
+        ino: Ino,
+        /// First byte.
+        start: u64,
+        /// Number of bytes, not 0.
+        len: u64,
+    },
     /// A name (positive or negative) in a directory.
     Name {
         /// The directory.
@@ -382,7 +391,10 @@ pub enum Inval {
 
 /// The kernel's caches, as seen by the filesystem.
 pub trait KernelCache {
-    /// Makes the kernel forget; completes when it has. Never called while a
-    /// transaction is held.
-    fn invalidate(&self, what: Vec<Inval>) -> LocalBoxFuture<'static, ()>;
+    /// Makes the kernel forget; completes when it has. Dropping pages waits for
+    /// requests under way that hold them. Never called while a transaction is held.
+    ///
+    /// Gives back what is about an inode that the kernel does not know: it has
+    /// forgotten it, or it has not yet looked at the answer by which it will know it.
+    fn invalidate(&self, what: Vec<Inval>) -> LocalBoxFuture<'static, Vec<Inval>>;
 }

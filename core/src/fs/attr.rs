@@ -44,8 +44,8 @@ impl Fs {
     /// # Errors
     /// EPERM under retention, EISDIR or EINVAL for a size of what has none.
     pub(super) async fn do_setattr(&self, ino: Ino, set: &SetAttr) -> FsResult<(Attr, Duration)> {
-        let _local = self.local.alone(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Write).await?;
+        let _local = self.local.alone(ino).await;
         let mut inode = self.load(&locked, ino).await?;
         if inode.is_retained() {
             return Err(Errno::EPERM.into());

@@ -4,8 +4,8 @@
 //! if the operation fails half way.
 //!
 //! ```text
-//! let _local = fs.local.alone(ino).await;                    // 1 node-local
 //! let mut locked = fs.lock_inodes(&[ino], Mode::Write).await?; // 3 cluster locks
+//! let _local = fs.local.alone(ino).await;                    // 1 node-local
 //! let mut inode = fs.load(&locked, ino).await?;
 //! let mut change = fs.change(&locked, &[inode.touch(true)], true).await?; // 7, 8
 //! inode.size = 7;
@@ -52,6 +52,14 @@ impl Locked {
     pub fn scope(&self, scope: Scope) -> &LockGuard {
         let found = self.guards.iter().find(|guard| guard.scope() == scope);
         found.unwrap_or_else(|| panic!("the operation did not lock {scope:?}"))
+    }
+
+    /// The lock order of spec 10 section 12, which is the order of scopes. That no
+    /// lock is waited for inside the transaction the borrow of [`Change`] sees to.
+    fn allows(&self, scope: Scope) {
+        let scope = scope.normal();
+        let ascends = self.guards.last().is_none_or(|last| last.scope() < scope);
+        assert!(ascends, "{scope:?} is locked after {:?}", self.guards);
     }
 
     /// Adds a lock that is already had.
@@ -175,6 +183,7 @@ impl Fs {
             }
             last = Some(group);
             let scope = Scope::InodeGroup(group);
+            locked.allows(scope);
             let guard = if locked.guards.is_empty() {
                 self.locks.lock_first(scope, mode).await?
             } else {
@@ -190,6 +199,7 @@ impl Fs {
     /// # Errors
     /// As [`Fs::lock_inodes`].
     pub async fn lock_zone(&self, locked: &mut Locked, scope: Scope, mode: Mode) -> FsResult<()> {
+        locked.allows(scope);
         let guard = self.locks.lock(scope, mode).await?;
         locked.guards.push(guard);
         Ok(())

@@ -75,9 +75,9 @@ impl Fs {
         check_name(name)?;
         let kind = dirent_type(new.mode).ok_or(Errno::EINVAL)?;
         let ino = self.new_ino(new.kind()).await?;
-        let _local = self.local.alone(parent).await;
         let before = self.revocations.get();
         let locked = self.lock_inodes(&[parent, ino], Mode::Write).await?;
+        let _local = self.local.alone(parent).await;
         let mut dir = self.load(&locked, parent).await?;
         check_dir(&dir)?;
         if self
@@ -126,8 +126,8 @@ impl Fs {
         write: bool,
     ) -> FsResult<Inode> {
         let ino = self.new_ino(PoolKind::File).await?;
-        let _local = self.local.shared(parent).await;
         let mut locked = self.lock_inodes(&[parent, ino], Mode::Write).await?;
+        let _local = self.local.shared(parent).await;
         let dir = self.load(&locked, parent).await?;
         check_dir(&dir)?;
         self.lock_zone(&mut locked, Scope::Orphans, Mode::WriteOnly)

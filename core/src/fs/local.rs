@@ -1,13 +1,18 @@
-//! Mutexes of this node, one per inode: the first step of the lock order
-//! (spec 12 section 9). A cluster lock is granted to the mount, not to a task, so
-//! it does not keep two tasks of one mount apart; these do.
+//! Mutexes of this node, one per inode (spec 12 section 9). A cluster lock is
+//! granted to the mount, not to a task, so it does not keep two tasks of one mount
+//! apart; these do.
 //!
-//! Several are taken in ascending order of their numbers. Number 0 is no inode:
-//! it serialises renames between directories.
+//! They come right after the cluster locks of inode groups in the lock order, not
+//! before them as the original's: a request of the kernel that holds pages must get
+//! as far as its inode under the mode that the mount has, also while another task
+//! waits for a higher one (spec 10 section 18). So whoever holds a mutex has all its
+//! group locks, and never waits for another. Several are taken in ascending order.
+//! Number 0 is no inode: it serialises renames between directories, and follows the
+//! rename lock.
 //!
-//! What can go wrong: waiting for one of these while holding a cluster lock. A
-//! revocation then waits for the task, and the task for somebody who waits for
-//! the revocation.
+//! What can go wrong: waiting for a group lock while holding one of these. A
+//! revocation then waits for a task that waits for the mutex, whose holder waits
+//! for the revocation.
 
 use super::api::Ino;
 use crate::env::HashMap;

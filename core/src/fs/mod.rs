@@ -72,6 +72,11 @@ pub trait ServerRequests {
     ) -> LocalBoxFuture<'static, Result<OpenInoMap, Errno>>;
 }
 
+/// How long the kernel may take to look at an answer that gave it an inode.
+const UNKNOWN_PATIENCE: Duration = Duration::from_secs(2);
+/// Time between looks at whether it has.
+const UNKNOWN_PAUSE: Duration = Duration::from_micros(200);
+
 /// How access times move when a file is read. They are kept in memory only and
 /// reach the item with the next change (spec 12 section 20).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -207,6 +212,33 @@ impl Fs {
             .is_none_or(|task| task.is_finished())
     }
 
+    /// One attempt to pull the kernel's pages back that may not stay when a lock is
+    /// lowered to `new`. The lock still has its old mode, under which the requests
+    /// are served that the kernel may wait for: reads that hold pages, and writes of
+    /// dirty ones. They may give out more pages; see [`Fs::pages_pulled`].
+    pub async fn pull_pages(&self, scope: Scope, new: Mode) {
+        let Scope::InodeGroup(ino) = scope else {
+            return;
+        };
+        let what = self.table.pull(ino, new != Mode::Null);
+        if !what.is_empty() {
+            probe("fs.kernel_gives_pages_back");
+            // Mutant: breaks spec 12 section 25.
+            if !mutant("kernel_cache_not_invalidated") {
+                // An inode that the kernel does not know has no pages.
+                self.kernel.invalidate(what).await;
+            }
+        }
+    }
+
+    /// Whether no pages are out that may not stay when the lock is lowered to `new`.
+    pub fn pages_pulled(&self, scope: Scope, new: Mode) -> bool {
+        match scope {
+            Scope::InodeGroup(ino) => self.table.is_pulled(ino, new != Mode::Null),
+            _ => true,
+        }
+    }
+
     /// Drops what this layer and the kernel remember under a lock that is taken
     /// back, after what was written under it was committed. Takes no locks.
     ///
@@ -216,52 +248,62 @@ impl Fs {
         let Scope::InodeGroup(ino) = scope else {
             return;
         };
-        if new == Mode::Null {
-            self.revocations.set(self.revocations.get() + 1);
-        }
+        self.table.pulled(ino);
         self.orphans.revoke(ino);
-        if new == Mode::Null {
-            self.data_revoke_group(ino);
-        }
         for state in self.table.in_group(ino) {
             state.atime.set(None);
         }
-        let what = self.kernel_must_forget(ino, new);
+        if new != Mode::Null {
+            return;
+        }
+        self.revocations.set(self.revocations.get() + 1);
+        self.data_revoke_group(ino);
+        let what = self.kernel_must_forget(ino);
         if !what.is_empty() {
             probe("fs.kernel_forgets");
             // Mutant: breaks spec 12 section 25.
             if !mutant("kernel_cache_not_invalidated") {
-                self.kernel.invalidate(what).await;
+                self.make_kernel_forget(ino, what).await;
             }
         }
     }
 
-    /// What the kernel may have cached under the lock of a group. With READ left
-    /// only pages go that could be written through a mapping.
-    fn kernel_must_forget(&self, ino: Ino, new: Mode) -> Vec<Inval> {
-        if new != Mode::Null {
-            let writable = self
-                .table
-                .in_group(ino)
-                .into_iter()
-                .filter(|s| s.writers() > 0);
-            return writable.map(|state| Inval::Pages(state.ino)).collect();
+    /// Repeats what is about inodes that the kernel does not know yet, although
+    /// their entries were given: it makes them when the caller of the request runs.
+    async fn make_kernel_forget(&self, ino: Ino, mut what: Vec<Inval>) {
+        let deadline = self.env.clock.now() + UNKNOWN_PATIENCE;
+        loop {
+            what = self.kernel.invalidate(what).await;
+            if what.is_empty() {
+                return;
+            }
+            let known = self.table.known_in_group(ino);
+            let is_known = |of: Ino| known.binary_search_by_key(&of, |(ino, _)| *ino).is_ok();
+            what.retain(|one| matches!(one, Inval::Attr(of) if *of != ROOT_INO && is_known(*of)));
+            if what.is_empty() || self.stopped.is_open() {
+                return;
+            }
+            if self.env.clock.now() >= deadline {
+                tracing::warn!(?what, "the kernel never looked at the entries of inodes");
+                return;
+            }
+            probe("fs.kernel_not_yet_knows");
+            self.env.sleep(UNKNOWN_PAUSE).await;
         }
+    }
+
+    /// What the kernel may have cached under the lock of a group, beside pages.
+    fn kernel_must_forget(&self, ino: Ino) -> Vec<Inval> {
         let mut known = self.table.known_in_group(ino);
         if group_of(ino) == group_of(ROOT_INO) && !known.iter().any(|(ino, _)| *ino == ROOT_INO) {
-            known.insert(0, (ROOT_INO, false));
+            known.insert(0, (ROOT_INO, true));
         }
         let mut what = Vec::with_capacity(known.len() + 1);
-        if !known.is_empty() {
+        // Names are cached under the lock of their directory.
+        if known.iter().any(|(_, is_dir)| *is_dir) {
             what.push(Inval::AllNames);
         }
-        what.extend(known.into_iter().map(|(ino, is_reg)| {
-            if is_reg {
-                Inval::Pages(ino)
-            } else {
-                Inval::Attr(ino)
-            }
-        }));
+        what.extend(known.into_iter().map(|(ino, _)| Inval::Attr(ino)));
         what
     }
 

@@ -123,8 +123,8 @@ impl Fs {
     /// # Errors
     /// ENOTDIR, ESTALE if the directory is gone.
     pub(super) async fn peek(&self, dir: Ino, name: &[u8]) -> FsResult<Option<Found>> {
-        let _local = self.local.shared(dir).await;
         let locked = self.lock_inodes(&[dir], Mode::Read).await?;
+        let _local = self.local.shared(dir).await;
         let found = self.find_entry(locked.of(dir), dir, name).await?;
         if found.is_none() && !self.load(&locked, dir).await?.is_dir() {
             return Err(Errno::ENOTDIR.into());
@@ -180,7 +180,7 @@ impl Fs {
     /// An entry for the kernel, which now knows the inode. Call under the
     /// inode's lock; `before` is `revocations` from before the parent was read.
     pub(super) fn entry(&self, inode: &Inode, before: u64) -> Entry {
-        self.table.learn(inode.ino, inode.is_reg());
+        self.table.learn(inode.ino, inode.is_dir());
         Entry {
             attr: inode.attr(),
             entry_valid: self.valid_since(before),

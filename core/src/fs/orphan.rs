@@ -130,8 +130,8 @@ impl Fs {
     }
 
     async fn try_delete(&self, ino: Ino) -> FsResult<Attempt> {
-        let _local = self.local.alone(ino).await;
         let mut locked = self.lock_inodes(&[ino], Mode::Write).await?;
+        let _local = self.local.alone(ino).await;
         let others = self.others_open(locked.of(ino)).await?;
         let Some(_trying) = self.orphans.try_mark(ino) else {
             return Ok(Attempt::Later);

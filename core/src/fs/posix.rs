@@ -15,6 +15,9 @@ use crate::locks::Mode;
 use bytes::Bytes;
 
 const O_ACCMODE: u32 = 0o3;
+const O_RDONLY: u32 = 0o0;
+const O_WRONLY: u32 = 0o1;
+const O_APPEND: u32 = 0o2000;
 const O_EXCL: u32 = 0o200;
 const O_TRUNC: u32 = 0o1000;
 const O_DIRECT: u32 = 0o40000;
@@ -23,23 +26,50 @@ fn writes(flags: u32) -> bool {
     flags & O_ACCMODE != 0
 }
 
+/// Whether pages bypass the kernel's cache. Appends do: the kernel would put their
+/// data where it believes the end of the file to be, which another node may have
+/// moved.
+fn is_direct(flags: u32) -> bool {
+    flags & O_DIRECT != 0 || writes(flags) && flags & O_APPEND != 0
+}
+
+/// Whether the kernel may have dirty pages by such a handle: through its cache, or
+/// through a shared mapping, which takes a handle that can read and write.
+fn dirties(flags: u32) -> bool {
+    match flags & O_ACCMODE {
+        O_RDONLY => false,
+        O_WRONLY => !is_direct(flags),
+        _ => true,
+    }
+}
+
+/// Bit of a handle by which the kernel may dirty pages.
+const FH_DIRTIES: u64 = 1;
+/// Bit of a handle that bypasses the kernel's pages.
+const FH_DIRECT: u64 = 2;
+
 impl Fs {
     fn opened(&self, flags: u32) -> Opened {
         let nr = self.next_fh.get();
         self.next_fh.set(nr + 1);
         Opened {
-            // The low bit says whether the handle was open for writing.
-            fh: nr << 1 | u64::from(writes(flags)),
+            fh: nr << 2 | u64::from(is_direct(flags)) << 1 | u64::from(dirties(flags)),
             keep_cache: true,
-            direct_io: flags & O_DIRECT != 0,
+            direct_io: is_direct(flags),
         }
     }
 
     async fn do_open(&self, cx: &Caller, ino: Ino, flags: u32, dir: bool) -> FsResult<Opened> {
         {
+            // Pages that the kernel has now were given under what the lock is at
+            // the moment: from here on they must be under WRITE.
+            let mode = match dirties(flags) {
+                true => Mode::Write,
+                false => Mode::Read,
+            };
+            let locked = self.lock_inodes(&[ino], mode).await?;
             // A deletion has the inode alone: the bit is set before or after it.
             let _local = self.local.shared(ino).await;
-            let locked = self.lock_inodes(&[ino], Mode::Read).await?;
             let inode = self.load(&locked, ino).await?;
             if dir && !inode.is_dir() {
                 return Err(Errno::ENOTDIR.into());
@@ -47,7 +77,7 @@ impl Fs {
             if !dir && inode.is_dir() && writes(flags) {
                 return Err(Errno::EISDIR.into());
             }
-            self.table.open(ino, writes(flags));
+            self.table.open(ino, dirties(flags));
         }
         let opened = self.opened(flags);
         if flags & O_TRUNC != 0 && !dir {
@@ -68,7 +98,7 @@ impl Fs {
     }
 
     async fn do_release(&self, ino: Ino, fh: u64) {
-        if self.table.close(ino, fh & 1 != 0) {
+        if self.table.close(ino, fh & FH_DIRTIES != 0) {
             self.evict(ino).await;
         }
     }
@@ -96,7 +126,8 @@ impl Fs {
             }
             probe("fs.create_found_existing");
             // Another node, or task, was first: its file is opened.
-            let entry = match self.do_lookup(parent, name).await {
+            let before = self.revocations.get();
+            let mut entry = match self.do_lookup(parent, name).await {
                 Ok(entry) => entry,
                 Err(error) if error.is(Errno::ENOENT) => continue,
                 Err(error) => return Err(error),
@@ -108,7 +139,12 @@ impl Fs {
                 _ => self.do_open(cx, ino, flags, false).await,
             };
             match opened {
-                Ok(opened) => return Ok((entry, opened)),
+                Ok(opened) => {
+                    // Opening may have waited long after the lookup.
+                    entry.entry_valid = entry.entry_valid.min(self.valid_since(before));
+                    entry.attr_valid = entry.attr_valid.min(self.valid_since(before));
+                    return Ok((entry, opened));
+                }
                 Err(error) => {
                     self.table.forget(ino, 1);
                     return Err(error);
@@ -253,7 +289,7 @@ impl Posix for Fs {
             umask,
             rdev: 0,
             target: &[],
-            open: Some(writes(flags)),
+            open: Some(dirties(flags)),
         };
         Ok(self.do_create(cx, parent, name, new, flags).await?)
     }
@@ -274,7 +310,7 @@ impl Posix for Fs {
             target: &[],
             open: None,
         };
-        let inode = self.make_tmpfile(cx, parent, new, writes(flags)).await?;
+        let inode = self.make_tmpfile(cx, parent, new, dirties(flags)).await?;
         Ok((
             self.entry(&inode, self.revocations.get()),
             self.opened(flags),
@@ -296,12 +332,13 @@ impl Posix for Fs {
         &self,
         _cx: &Caller,
         ino: Ino,
-        _fh: u64,
+        fh: u64,
         offset: u64,
         data: Bytes,
         how: WriteHow,
     ) -> Result<u32, Errno> {
-        Ok(self.data_write(ino, offset, data, how).await?)
+        let direct = fh & FH_DIRECT != 0 && !how.from_pages;
+        Ok(self.data_write(ino, offset, data, how, direct).await?)
     }
 
     async fn release(&self, ino: Ino, fh: u64) {

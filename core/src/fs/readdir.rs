@@ -143,7 +143,7 @@ impl Fs {
                 return false;
             }
             if let Some(inode) = inode {
-                self.table.learn(inode.ino, inode.is_reg());
+                self.table.learn(inode.ino, inode.is_dir());
             }
         }
         true
@@ -167,8 +167,8 @@ impl Fs {
     }
 
     async fn fill_batch(&self, batch: &mut Batch, ino: Ino, pos: u64, plus: bool) -> FsResult<()> {
-        let _local = self.local.shared(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
+        let _local = self.local.shared(ino).await;
         let dir = self.load(&locked, ino).await?;
         if !dir.is_dir() {
             return Err(Errno::ENOTDIR.into());

@@ -40,8 +40,8 @@ impl Fs {
                 return Err(Errno::ENOENT.into());
             };
             check_kind(&seen, rmdir)?;
-            let local = self.local.all_alone(&mut [parent, seen.ino]).await;
             let locked = self.lock_inodes(&[parent, seen.ino], Mode::Write).await?;
+            let local = self.local.all_alone(&mut [parent, seen.ino]).await;
             // Never the hash and position seen without the lock.
             let Some(found) = self.find_entry(locked.of(parent), parent, name).await? else {
                 return Err(Errno::ENOENT.into());
@@ -117,9 +117,9 @@ impl Fs {
         name: &[u8],
     ) -> FsResult<(Inode, u64)> {
         check_name(name)?;
-        let _local = self.local.all_alone(&mut [parent, ino]).await;
         let before = self.revocations.get();
         let mut locked = self.lock_inodes(&[parent, ino], Mode::Write).await?;
+        let _local = self.local.all_alone(&mut [parent, ino]).await;
         let mut inode = self.load(&locked, ino).await?;
         if inode.is_dir() {
             return Err(Errno::EPERM.into());

@@ -74,13 +74,12 @@ impl Fs {
     ) -> FsResult<bool> {
         let new_ino = new.map_or(old.ino, |new| new.ino);
         let crossing = from.dir != to.dir;
-        let mut inos = [from.dir, to.dir, old.ino, new_ino, RENAME];
-        let used = if crossing { 5 } else { 4 };
-        let local = self.local.all_alone(&mut inos[..used]).await;
         let mut locked = Locked::default();
+        let mut crossing_alone = None;
         if crossing {
             self.lock_zone(&mut locked, Scope::Rename, Mode::Write)
                 .await?;
+            crossing_alone = Some(self.local.alone(RENAME).await);
             if old.is_dir() || new.is_some_and(Found::is_dir) {
                 self.check_ancestors(from.dir, to.dir, old.ino, new).await?;
             }
@@ -88,6 +87,7 @@ impl Fs {
         let inos = [from.dir, to.dir, old.ino, new_ino];
         self.lock_inodes_after(&mut locked, &inos, Mode::Write)
             .await?;
+        let local = self.local.all_alone(&mut inos.clone()).await;
         let now_old = self
             .find_entry(locked.of(from.dir), from.dir, from.name)
             .await?;
@@ -102,7 +102,7 @@ impl Fs {
         let orphaned = self
             .rename_locked(locked, from, to, flags, &now_old, now_new.as_ref())
             .await?;
-        drop(local);
+        drop((local, crossing_alone));
         if orphaned {
             self.delete_if_unused(new_ino).await;
         }

@@ -7,18 +7,23 @@
 //!   (spec 12 section 25).
 //! * The *known* set is what the kernel got by entries and did not forget yet:
 //!   what has to be invalidated when the inodes' lock is taken back.
+//! * The *paged* set is what the kernel may have pages of: they are pulled back
+//!   before the lock's mode is lowered, while the requests that this may wait for
+//!   can still be served. While an inode is open for dirtying pages, they are only
+//!   given out under WRITE; so under READ such an inode is not in the set, and
+//!   nobody has to wait for a writer that itself waits for the lock.
 //!
 //! What can go wrong: a bit cleared too early, and an inode deleted under its
 //! open file. A bit is set only under a lock of the inode's group (or before the
 //! inode's item exists), and cleared before any attempt to delete.
 
-use super::api::Ino;
+use super::api::{Ino, Inval};
 use super::data::InodeData;
 use crate::env::{HashMap, WallTime};
 use crate::format::{INODE_GROUP_NR, OpenInoMap, OpenInoMapArgs};
 use crate::locks::omap::LocalMap;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// First inode number of the lock group of `ino`.
@@ -55,8 +60,19 @@ impl InodeState {
 #[derive(Clone, Copy, Debug, Default)]
 struct Known {
     refs: u64,
-    is_reg: bool,
+    is_dir: bool,
 }
+
+/// Which pages the kernel may have of an inode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Paged {
+    All,
+    /// Byte ranges (start, length), given out while pages were pulled back.
+    Ranges(Vec<(u64, u64)>),
+}
+
+/// Ranges remembered of an inode before all of it counts as given out.
+const RANGES_MAX: usize = 64;
 
 /// The tables of one mount.
 #[derive(Debug, Default)]
@@ -64,6 +80,9 @@ pub struct InodeTable {
     states: RefCell<HashMap<Ino, Rc<InodeState>>>,
     open: RefCell<LocalMap>,
     known: RefCell<BTreeMap<Ino, HashMap<Ino, Known>>>,
+    paged: RefCell<BTreeMap<Ino, BTreeMap<Ino, Paged>>>,
+    /// Groups whose pages are being pulled back.
+    pulling: RefCell<BTreeSet<Ino>>,
 }
 
 /// An open use of an inode: its open map bit is set while one exists.
@@ -179,7 +198,7 @@ impl InodeTable {
     }
 
     /// The kernel got one more reference to the inode by an entry.
-    pub fn learn(&self, ino: Ino, is_reg: bool) {
+    pub fn learn(&self, ino: Ino, is_dir: bool) {
         let mut groups = self.known.borrow_mut();
         let known = groups
             .entry(group_of(ino))
@@ -187,7 +206,7 @@ impl InodeTable {
             .entry(ino)
             .or_default();
         known.refs += 1;
-        known.is_reg = is_reg;
+        known.is_dir = is_dir;
     }
 
     /// The kernel dropped `count` references.
@@ -201,6 +220,7 @@ impl InodeTable {
         };
         have.refs = have.refs.saturating_sub(count);
         if have.refs == 0 {
+            self.unpage(ino);
             group.remove(&ino);
             if group.is_empty() {
                 known.remove(&group_of(ino));
@@ -208,14 +228,95 @@ impl InodeTable {
         }
     }
 
-    /// Inodes of the group that the kernel may have attributes or pages of, and
-    /// whether each may have pages: known by entry, or open; ascending.
+    /// Notes that the kernel is being given pages, in the step that answers it.
+    pub fn page(&self, ino: Ino, start: u64, len: u64) {
+        let pulling = self.pulling.borrow().contains(&group_of(ino));
+        let mut groups = self.paged.borrow_mut();
+        let group = groups.entry(group_of(ino)).or_default();
+        if !pulling {
+            group.insert(ino, Paged::All);
+            return;
+        }
+        let new = || Paged::Ranges(Vec::new());
+        let paged = group.entry(ino).or_insert_with(new);
+        if let Paged::Ranges(ranges) = paged {
+            ranges.push((start, len.max(1)));
+            if ranges.len() > RANGES_MAX {
+                *paged = Paged::All;
+            }
+        }
+    }
+
+    /// Whether the kernel may have pages of the inode.
+    pub fn is_paged(&self, ino: Ino) -> bool {
+        let groups = self.paged.borrow();
+        let group = groups.get(&group_of(ino));
+        group.is_some_and(|group| group.contains_key(&ino))
+    }
+
+    fn unpage(&self, ino: Ino) {
+        let mut groups = self.paged.borrow_mut();
+        if let Some(group) = groups.get_mut(&group_of(ino)) {
+            group.remove(&ino);
+            if group.is_empty() {
+                groups.remove(&group_of(ino));
+            }
+        }
+    }
+
+    /// Whether a handle is open here by which the kernel may dirty pages.
+    pub fn may_dirty(&self, ino: Ino) -> bool {
+        let states = self.states.borrow();
+        states.get(&ino).is_some_and(|state| state.writers() > 0)
+    }
+
+    /// Inodes of the group whose pages must come back before the lock is lowered,
+    /// to NULL or, if `dirty_only`, to READ.
+    fn to_pull(&self, group: Ino, dirty_only: bool) -> Vec<Ino> {
+        let groups = self.paged.borrow();
+        let paged = groups.get(&group).into_iter().flat_map(BTreeMap::keys);
+        let goes = |ino: &Ino| !dirty_only || self.may_dirty(*ino);
+        paged.copied().filter(goes).collect()
+    }
+
+    /// Whether nothing has to be pulled back.
+    pub fn is_pulled(&self, ino: Ino, dirty_only: bool) -> bool {
+        self.to_pull(group_of(ino), dirty_only).is_empty()
+    }
+
+    /// Takes what must be pulled back out of the set; what is given out from now on
+    /// until [`InodeTable::pulled`] is noted range by range.
+    pub fn pull(&self, ino: Ino, dirty_only: bool) -> Vec<Inval> {
+        let group = group_of(ino);
+        self.pulling.borrow_mut().insert(group);
+        let mut what = Vec::new();
+        for ino in self.to_pull(group, dirty_only) {
+            let mut groups = self.paged.borrow_mut();
+            match groups.get_mut(&group).and_then(|g| g.remove(&ino)) {
+                Some(Paged::Ranges(ranges)) => {
+                    let range = |(start, len)| Inval::PageRange { ino, start, len };
+                    what.extend(ranges.into_iter().map(range));
+                }
+                _ => what.push(Inval::Pages(ino)),
+            }
+        }
+        what
+    }
+
+    /// The lock of the group was lowered.
+    pub fn pulled(&self, ino: Ino) {
+        self.pulling.borrow_mut().remove(&group_of(ino));
+    }
+
+    /// Inodes of the group that the kernel may have attributes of, and whether
+    /// each is a directory, of which it may have names: known by entry, or open;
+    /// ascending.
     pub fn known_in_group(&self, ino: Ino) -> Vec<(Ino, bool)> {
         let groups = self.known.borrow();
         let known = groups.get(&group_of(ino)).into_iter().flatten();
-        let mut inos: Vec<(Ino, bool)> = known.map(|(&ino, known)| (ino, known.is_reg)).collect();
+        let mut inos: Vec<(Ino, bool)> = known.map(|(&ino, known)| (ino, known.is_dir)).collect();
         let open = self.in_group(ino).into_iter().filter(|s| s.opens() > 0);
-        inos.extend(open.map(|state| (state.ino, true)));
+        inos.extend(open.map(|state| (state.ino, false)));
         inos.sort_unstable();
         inos.dedup_by(|next, kept| {
             let same = next.0 == kept.0;
@@ -283,13 +384,40 @@ mod tests {
             table.learn(ino, ino == 1024);
         }
         table.open(1026, false);
-        let all = [(1024, true), (1025, false), (1026, true)];
+        let all = [(1024, true), (1025, false), (1026, false)];
         assert_eq!(table.known_in_group(1500), all);
         table.forget(1025, 1);
         table.forget(1024, 9);
         table.forget(7, 1);
         assert_eq!(table.known_in_group(1024), all[1..]);
         assert_eq!(table.known_len(), 2);
+    }
+
+    #[test]
+    fn pages_given_out_while_others_are_pulled_are_pulled_by_range() {
+        let table = InodeTable::default();
+        table.learn(1025, false);
+        table.page(1025, 0, 4096);
+        table.page(1026, 0, 4096);
+        table.open(1026, true);
+        assert!(!table.is_pulled(1024, true));
+        assert_eq!(table.pull(1024, true), [Inval::Pages(1026)]);
+        assert!(table.is_pulled(1024, true) && !table.is_pulled(1024, false));
+        table.page(1026, 8192, 4096);
+        let range = Inval::PageRange {
+            ino: 1026,
+            start: 8192,
+            len: 4096,
+        };
+        assert_eq!(table.pull(1024, false), [Inval::Pages(1025), range]);
+        table.pulled(1024);
+        table.page(1025, 8192, 4096);
+        assert!(table.is_paged(1025));
+        table.forget(1025, 1);
+        assert!(
+            table.is_pulled(1024, false),
+            "a forgotten inode has no pages"
+        );
     }
 
     #[test]

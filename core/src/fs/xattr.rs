@@ -186,8 +186,8 @@ impl Fs {
         if name.len() > XATTR_MAX_NAME_LEN {
             return Err(Errno::ENODATA.into());
         }
-        let _local = self.local.shared(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
+        let _local = self.local.shared(ino).await;
         let head = self.find_xattr(locked.of(ino), ino, name).await?;
         let head = head.ok_or(Errno::ENODATA)?;
         let value = self.xattr_value(locked.of(ino), ino, &head).await?;
@@ -202,8 +202,8 @@ impl Fs {
     /// # Errors
     /// ESTALE if the inode is gone.
     pub(super) async fn do_listxattr(&self, ino: Ino, hidden: bool) -> FsResult<Bytes> {
-        let _local = self.local.shared(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
+        let _local = self.local.shared(ino).await;
         let guard = locked.of(ino);
         let mut names = Vec::new();
         if self.load(&locked, ino).await?.next_xattr_id == 0 {
@@ -244,8 +244,8 @@ impl Fs {
         }
         check_namespace(name, None)?;
         let tags = Tags::parse(name)?;
-        let _local = self.local.alone(ino).await;
         let mut locked = self.lock_inodes(&[ino], Mode::Write).await?;
+        let _local = self.local.alone(ino).await;
         let mut inode = self.load(&locked, ino).await?;
         check_namespace(name, Some(inode.mode))?;
         self.check_set(cx, &inode, name, value, tags)?;

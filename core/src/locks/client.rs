@@ -2,8 +2,9 @@
 //! tasks uses it, who waits, and what the server asked back (spec 10 sections 7, 8).
 //!
 //! A plain state machine: calls in, [`Action`]s out. [`super::Locks`] carries the
-//! actions out and runs the cleanup of a revocation between
-//! [`Action::Revoke`] and [`LockClient::revoked`].
+//! actions out and runs a revocation in two steps: [`Action::Prepare`] while the
+//! old mode is in force, which [`LockClient::lower`] ends, then the cleanup, which
+//! [`LockClient::revoked`] ends.
 //!
 //! What can go wrong, and where it is prevented:
 //! * a revocation raising a mode, after a failover repeats it: a mode only goes
@@ -33,8 +34,11 @@ pub enum Action {
     Request(NetLock),
     /// This waiter now holds the lock (its user is counted already).
     Admit(WaiterId),
-    /// Commit if needed, drop caches, then call [`LockClient::revoked`].
-    Revoke(Revocation),
+    /// An invalidation arrived: pull back what must come under the old mode, then
+    /// call [`LockClient::lower`] until it succeeds.
+    Prepare(Scope),
+    /// The users of a lock that is being prepared fit the lower mode now.
+    Fits(Scope),
     /// Answer the invalidation.
     Respond(Token, NetLock),
 }
@@ -95,6 +99,11 @@ struct Lock {
     scope: Scope,
     key: Key,
     mode: Mode,
+    /// A revocation is being prepared; the mode is still in force.
+    preparing: bool,
+    /// While it is prepared: tasks that the mode serves are let in, since the
+    /// preparation waits for them.
+    gate_open: bool,
     /// Mode before the cleanup that is running.
     invalidating: Option<Mode>,
     request_pending: bool,
@@ -134,6 +143,9 @@ impl Lock {
 
     /// Whether an invalidation waits that a user in `mode` would hold up.
     fn is_wanted_back_from(&self, mode: Mode) -> bool {
+        if self.gate_open {
+            return false;
+        }
         self.invalidations
             .front()
             .is_some_and(|inv| !inv.new.satisfies(mode))
@@ -263,9 +275,7 @@ impl LockClient {
         if mode.writes() {
             lock.dirty_trans_seq = trans_seq;
         }
-        if !lock.invalidations.is_empty() {
-            self.start_revoke(id.0, out);
-        }
+        self.tell_if_fits(id.0, out);
         self.free_if_idle_null(id.0);
     }
 
@@ -458,6 +468,8 @@ impl LockClient {
             scope,
             key: scope.range().start,
             mode: Mode::Null,
+            preparing: false,
+            gate_open: false,
             invalidating: None,
             request_pending: false,
             early_grant: None,
@@ -526,25 +538,78 @@ impl LockClient {
         out.push(Action::Request(net_lock(&lock.key, 0, mode, wanted)));
     }
 
-    /// Begins the cleanup of the first queued invalidation once its users fit.
+    /// Begins to prepare the first queued invalidation.
     fn start_revoke(&mut self, slot: u32, out: &mut Vec<Action>) {
         let lock = self.lock_mut(slot);
-        let Some(inv) = lock.invalidations.front() else {
-            return;
-        };
-        if lock.invalidating.is_some() || !lock.users_fit(inv.new) {
+        if lock.invalidations.is_empty() || lock.preparing || lock.invalidating.is_some() {
             return;
         }
+        lock.preparing = true;
+        out.push(Action::Prepare(lock.scope));
+    }
+
+    /// Tells who prepares a revocation that its users fit now.
+    fn tell_if_fits(&self, slot: u32, out: &mut Vec<Action>) {
+        let lock = self.lock(slot);
+        let fits = |inv: &Invalidation| lock.users_fit(inv.new);
+        if lock.preparing && lock.invalidations.front().is_some_and(fits) {
+            out.push(Action::Fits(lock.scope));
+        }
+    }
+
+    fn being_prepared(&mut self, scope: Scope) -> &mut Lock {
+        let slot = self
+            .by_scope
+            .get(&scope)
+            .expect("a lock being revoked exists");
+        let slot = *slot;
+        let lock = self.lock_mut(slot);
+        assert!(lock.preparing, "a preparation runs");
+        lock
+    }
+
+    /// The mode that the revocation being prepared will leave.
+    pub fn target(&mut self, scope: Scope) -> Mode {
+        let lock = self.being_prepared(scope);
+        let inv = lock.invalidations.front();
+        lock.mode
+            .lowered_to(inv.expect("a revocation has its invalidation").new)
+    }
+
+    /// Lets tasks in that the mode still in force serves: the preparation waits
+    /// for something that they hold.
+    pub fn let_in(&mut self, scope: Scope, out: &mut Vec<Action>) {
+        self.being_prepared(scope).gate_open = true;
+        let slot = self.by_scope[&scope];
+        self.admit(slot, out);
+    }
+
+    /// Ends [`LockClient::let_in`].
+    pub fn shut(&mut self, scope: Scope) {
+        self.being_prepared(scope).gate_open = false;
+    }
+
+    /// Lowers the mode, so that no task that needs more can come in, and begins
+    /// the cleanup; `None` while users are in the way.
+    pub fn lower(&mut self, scope: Scope) -> Option<Revocation> {
+        let lock = self.being_prepared(scope);
+        let inv = lock.invalidations.front();
+        let wanted = inv.expect("a revocation has its invalidation").new;
+        if !lock.users_fit(wanted) {
+            return None;
+        }
         let old = lock.mode;
-        let new = old.lowered_to(inv.new);
+        let new = old.lowered_to(wanted);
+        lock.preparing = false;
+        lock.gate_open = false;
         lock.mode = new;
         lock.invalidating = Some(old);
-        out.push(Action::Revoke(Revocation {
-            scope: lock.scope,
+        Some(Revocation {
+            scope,
             old,
             new,
             dirty_trans_seq: old.writes().then_some(lock.dirty_trans_seq),
-        }));
+        })
     }
 
     /// Gives back one lock that was idle for a whole turn of the clock hand, if

@@ -1,12 +1,12 @@
 //! The mount's async face of its locks: waiting, guards, and the one place where
-//! a revocation is carried out in order (spec 10 section 8): commit, drop what is
-//! cached, answer.
+//! a revocation is carried out in order (spec 10 section 8): pull the kernel's pages
+//! back, lower the mode, commit, drop what is cached, answer.
 
 use super::client::{
     Acquired, Action, Granted, LockClient, LockId, LockState, Revocation, Token, WaiterId,
 };
 use super::{Mode, Policy, Scope};
-use crate::env::{Env, HashMap, LocalBoxFuture, mutant, probe};
+use crate::env::{Duration, Either, Env, HashMap, LocalBoxFuture, Signal, mutant, probe, race};
 use crate::errno::Errno;
 use crate::format::{Key, KeyRange, NetLock};
 use std::cell::{Cell, RefCell};
@@ -53,8 +53,20 @@ pub trait LockHooks {
     /// Commits the open transaction; completes when it is durable, or when the
     /// mount is severed.
     fn commit(&self) -> LocalBoxFuture<'static, ()>;
-    /// Drops everything cached under the lock: items, inodes, the kernel's names,
-    /// attributes and pages. Not called for WRITE to READ.
+    /// One attempt to pull back what must come while the old mode is in force:
+    /// pages that the kernel has, dirty ones too. The requests that it may wait for
+    /// are served meanwhile, so it may have to be called again.
+    fn prepare(&self, scope: Scope, new: Mode) -> LocalBoxFuture<'static, ()> {
+        let _ = (scope, new);
+        Box::pin(std::future::ready(()))
+    }
+    /// Whether nothing is left to pull back.
+    fn is_prepared(&self, scope: Scope, new: Mode) -> bool {
+        let _ = (scope, new);
+        true
+    }
+    /// Drops everything cached under the lock: items, inodes, the kernel's names
+    /// and attributes; with READ left only what needed WRITE.
     fn revoke(&self, scope: Scope, new: Mode) -> LocalBoxFuture<'static, ()>;
     /// Whether anything dirty, or with `any` anything at all, is cached in the range.
     fn has_cached(&self, range: &KeyRange, any: bool) -> bool;
@@ -66,6 +78,9 @@ struct Inner {
     transport: Rc<dyn LockTransport>,
     hooks: RefCell<Option<Rc<dyn LockHooks>>>,
     waiting: RefCell<HashMap<WaiterId, oneshot::Sender<Result<(), LockError>>>>,
+    /// Users of a lock whose revocation is being prepared have gone.
+    fits: Signal,
+    prepare_grace: Duration,
     answers: RefCell<HashMap<Token, Respond>>,
     next_id: Cell<u64>,
     stopped: Cell<Option<LockError>>,
@@ -92,6 +107,8 @@ impl Locks {
         Self {
             inner: Rc::new(Inner {
                 env,
+                fits: Signal::default(),
+                prepare_grace: policy.prepare_grace,
                 brain: RefCell::new(LockClient::new(policy)),
                 transport,
                 hooks: RefCell::new(None),
@@ -282,11 +299,12 @@ impl Inner {
                     // A waiter that went away is released by its `Wait`.
                     let _ = sender.map(|s| s.send(Ok(())));
                 }
-                Action::Revoke(revocation) => {
+                Action::Prepare(scope) => {
                     let inner = self.clone();
                     self.env
-                        .spawn("revoke", async move { revoke(&inner, revocation).await });
+                        .spawn("revoke", async move { revoke(&inner, scope).await });
                 }
+                Action::Fits(_) => self.fits.wake_all(),
                 Action::Respond(token, msg) => {
                     let respond = self.answers.borrow_mut().remove(&token);
                     respond.expect("an invalidation is answered once")(msg);
@@ -310,9 +328,10 @@ impl Inner {
     }
 }
 
-/// The order that everything rests on: commit, then drop, then answer.
-async fn revoke(inner: &Rc<Inner>, r: Revocation) {
+/// The order that everything rests on: pull back, lower, commit, drop, answer.
+async fn revoke(inner: &Rc<Inner>, scope: Scope) {
     probe("locks.revoke");
+    let r = prepare(inner, scope).await;
     if let Some(hooks) = inner.hooks() {
         if inner.stopped.get().is_none() {
             let open = r.dirty_trans_seq == Some(hooks.trans_seq());
@@ -325,15 +344,54 @@ async fn revoke(inner: &Rc<Inner>, r: Revocation) {
                 .spawner
                 .yield_point("locks.revoke.committed")
                 .await;
-            if r.new == Mode::Null {
-                hooks.revoke(r.scope, r.new).await;
-            }
+            hooks.revoke(r.scope, r.new).await;
         }
         inner.env.spawner.yield_point("locks.revoke.dropped").await;
     }
     let mut out = Vec::new();
     inner.brain.borrow_mut().revoked(r.scope, &mut out);
     inner.carry_out(out);
+}
+
+/// Pulls back what must come under the old mode, waits for users in the way, and
+/// lowers the mode in the same step in which it sees that nothing is left.
+async fn prepare(inner: &Rc<Inner>, scope: Scope) -> Revocation {
+    loop {
+        let new = inner.brain.borrow_mut().target(scope);
+        let hooks = inner.hooks().filter(|_| inner.stopped.get().is_none());
+        if let Some(hooks) = &hooks
+            && !hooks.is_prepared(scope, new)
+        {
+            prepare_once(inner, &**hooks, scope, new).await;
+        }
+        let lower = || {
+            let stopped = inner.stopped.get().is_some();
+            let ready = |hooks: &Rc<dyn LockHooks>| stopped || hooks.is_prepared(scope, new);
+            if !hooks.as_ref().is_none_or(ready) {
+                return Some(None);
+            }
+            inner.brain.borrow_mut().lower(scope).map(Some)
+        };
+        if let Some(lowered) = inner.fits.wait_for(lower).await {
+            return lowered;
+        }
+        probe("locks.prepare_again");
+    }
+}
+
+async fn prepare_once(inner: &Rc<Inner>, hooks: &dyn LockHooks, scope: Scope, new: Mode) {
+    let mut work = hooks.prepare(scope, new);
+    let grace = inner.env.sleep(inner.prepare_grace);
+    if let Either::Left(()) = race(&mut work, grace).await {
+        return;
+    }
+    // What it waits for is held by a task that waits for this lock.
+    probe("locks.let_in");
+    let mut out = Vec::new();
+    inner.brain.borrow_mut().let_in(scope, &mut out);
+    inner.carry_out(out);
+    work.await;
+    inner.brain.borrow_mut().shut(scope);
 }
 
 /// A queued waiter; dropping it before it was admitted takes it out again.

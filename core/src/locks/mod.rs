@@ -19,6 +19,7 @@ pub mod server;
 pub use facade::{LockError, LockGuard, LockHooks, LockTransport, Locks, Respond};
 pub use scope::Scope;
 
+use crate::env::Duration;
 use crate::format::{Key, NetLock};
 
 /// What a lock permits (spec 10 section 3). The discriminants are the wire's.
@@ -92,11 +93,18 @@ pub(crate) fn net_lock(key: &Key, write_seq: u64, old: Mode, new: Mode) -> NetLo
 pub struct Policy {
     /// Lock objects kept before idle ones are given back (`lock_idle_count`, 32..=100000).
     pub idle_count: usize,
+    /// How long a revocation may be prepared before tasks that the old mode serves
+    /// are let in again: the kernel may not be able to drop a page that such a task
+    /// has locked (spec 10 section 18).
+    pub prepare_grace: Duration,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { idle_count: 10_000 }
+        Self {
+            idle_count: 10_000,
+            prepare_grace: Duration::from_millis(2),
+        }
     }
 }
 

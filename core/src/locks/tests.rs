@@ -32,6 +32,7 @@ struct Client {
     up: VecDeque<Up>,
     held: Vec<(Scope, LockId, Mode)>,
     waits: BTreeMap<u64, (Scope, Mode)>,
+    preparing: Vec<Scope>,
     cleanups: Vec<Revocation>,
     /// Invalidations received, by token: the server epoch each came from.
     tokens: BTreeMap<Token, u64>,
@@ -52,11 +53,15 @@ struct World {
 impl World {
     fn new(seed: u64, clients: usize) -> Self {
         let client = || Client {
-            brain: LockClient::new(Policy { idle_count: 1 }),
+            brain: LockClient::new(Policy {
+                idle_count: 1,
+                ..Policy::default()
+            }),
             down: VecDeque::new(),
             up: VecDeque::new(),
             held: Vec::new(),
             waits: BTreeMap::new(),
+            preparing: Vec::new(),
             cleanups: Vec::new(),
             tokens: BTreeMap::new(),
             next_id: 0,
@@ -91,7 +96,8 @@ impl World {
                     let id = client.brain.id_of(scope).expect("an admitted lock exists");
                     client.held.push((scope, id, mode));
                 }
-                ClientAction::Revoke(revocation) => client.cleanups.push(revocation),
+                ClientAction::Prepare(scope) => client.preparing.push(scope),
+                ClientAction::Fits(_) => {}
                 ClientAction::Respond(token, msg) => {
                     if client.tokens.remove(&token) == Some(self.epoch) {
                         client.up.push_back(Up::Response(msg));
@@ -207,6 +213,26 @@ impl World {
         self.client_actions(at, out);
     }
 
+    /// Tries to end a preparation; now and then lets those in who are held off.
+    fn prepare(&mut self, at: usize, index: usize) {
+        let let_in = self.pick(3) == 0;
+        let client = &mut self.clients[at];
+        let scope = client.preparing[index];
+        if let_in {
+            let mut out = Vec::new();
+            client.brain.let_in(scope, &mut out);
+            self.client_actions(at, out);
+            self.clients[at].brain.shut(scope);
+            return;
+        }
+        let target = client.brain.target(scope);
+        if let Some(revocation) = client.brain.lower(scope) {
+            assert_eq!(revocation.new, target);
+            client.preparing.swap_remove(index);
+            client.cleanups.push(revocation);
+        }
+    }
+
     fn finish_cleanup(&mut self, at: usize, index: usize) {
         let revocation = self.clients[at].cleanups.swap_remove(index);
         let mut out = Vec::new();
@@ -273,6 +299,11 @@ impl World {
                 }
             }
             9 | 10 => {
+                let n = self.clients[at].preparing.len();
+                if n > 0 {
+                    let index = self.pick(n);
+                    self.prepare(at, index);
+                }
                 let n = self.clients[at].cleanups.len();
                 if n > 0 {
                     let index = self.pick(n);
@@ -333,6 +364,11 @@ impl World {
             for at in 0..self.clients.len() {
                 while !self.clients[at].held.is_empty() {
                     self.release(at, 0);
+                    busy = true;
+                }
+                // It may have let somebody in, who has to be released first.
+                if !self.clients[at].preparing.is_empty() {
+                    self.prepare(at, 0);
                     busy = true;
                 }
                 while !self.clients[at].cleanups.is_empty() {
@@ -560,8 +596,12 @@ fn repeated_downgrade_does_not_raise_null_to_read() {
     brain.invalidate(2, &net_lock(&key, 0, Mode::Write, Mode::Read), &mut out);
     let id = brain.id_of(scope).unwrap();
     out.clear();
+    assert_eq!(brain.lower(scope), None, "a user is in the way");
     brain.release(id, Mode::Write, 0, &mut out);
+    assert_eq!(out, [ClientAction::Fits(scope)]);
+    assert_eq!(brain.lower(scope).unwrap().new, Mode::Null);
     brain.revoked(scope, &mut out);
+    assert_eq!(brain.lower(scope).unwrap().new, Mode::Null);
     brain.revoked(scope, &mut out);
     let answers: Vec<u8> = out
         .iter()
@@ -677,7 +717,8 @@ fn a_grant_during_a_cleanup_waits_for_its_end() {
     client.acquire(scope, Mode::Write, false, 2, &mut out);
     client.invalidate(7, &net_lock(&key, 0, Mode::Read, Mode::Null), &mut out);
     client.release(id, Mode::Read, 1, &mut out);
-    assert!(matches!(out.last(), Some(ClientAction::Revoke(_))));
+    assert!(out.contains(&ClientAction::Fits(scope)));
+    assert!(client.lower(scope).is_some());
     out.clear();
     let write = net_lock(&key, 5, Mode::Read, Mode::Write);
     assert_eq!(client.grant(&write, &mut out), Granted::Kept);

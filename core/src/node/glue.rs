@@ -200,11 +200,22 @@ impl LockHooks for Hooks {
         })
     }
 
+    fn prepare(&self, scope: Scope, new: Mode) -> LocalBoxFuture<'static, ()> {
+        let fs = self.fs.clone();
+        Box::pin(async move { fs.pull_pages(scope, new).await })
+    }
+
+    fn is_prepared(&self, scope: Scope, new: Mode) -> bool {
+        self.fs.pages_pulled(scope, new)
+    }
+
     fn revoke(&self, scope: Scope, new: Mode) -> LocalBoxFuture<'static, ()> {
         let (log, fs) = (self.log.clone(), self.fs.clone());
         Box::pin(async move {
             fs.revoke(scope, new).await;
-            log.invalidate(&scope.range());
+            if new == Mode::Null {
+                log.invalidate(&scope.range());
+            }
         })
     }
 

@@ -22,8 +22,8 @@ use std::sync::Arc;
 struct NoKernel;
 
 impl KernelCache for NoKernel {
-    fn invalidate(&self, _: Vec<Inval>) -> LocalBoxFuture<'static, ()> {
-        Box::pin(std::future::ready(()))
+    fn invalidate(&self, _: Vec<Inval>) -> LocalBoxFuture<'static, Vec<Inval>> {
+        Box::pin(std::future::ready(Vec::new()))
     }
 }
 

@@ -198,10 +198,12 @@ impl Cluster {
                 client::Action::Admit(waiter) => {
                     client.tasks[waiter as usize] = Task::Holding;
                 }
-                client::Action::Revoke(revocation) => {
-                    let nr = self.lock_nr(&revocation.scope.range().start);
-                    client.revoking.push(nr);
-                    client.revoking.sort_unstable();
+                // There is no kernel here whose pages would have to come back first.
+                client::Action::Prepare(scope) | client::Action::Fits(scope) => {
+                    if client.locks.lower(scope).is_some() {
+                        client.revoking.push(self.lock_nr(&scope.range().start));
+                        client.revoking.sort_unstable();
+                    }
                 }
                 client::Action::Respond(token, lock) => {
                     let known = client.tokens.iter().position(|t| *t == token);

@@ -30,9 +30,34 @@ impl Fs {
         offset: u64,
         size: u32,
     ) -> FsResult<Vec<Bytes>> {
-        let _local = self.local.shared(ino).await;
-        let locked = self.lock_inodes(&[ino], Mode::Read).await?;
-        let guard = locked.of(ino);
+        loop {
+            // What the kernel may dirty it only gets under WRITE.
+            let mode = match self.table.may_dirty(ino) {
+                true => Mode::Write,
+                false => Mode::Read,
+            };
+            let locked = self.lock_inodes(&[ino], mode).await?;
+            let _local = self.local.shared(ino).await;
+            let guard = locked.of(ino);
+            let pieces = self.read_under(guard, ino, offset, size).await?;
+            let outdated = mode == Mode::Read && self.table.may_dirty(ino);
+            if outdated && guard.granted() != Mode::Write {
+                // Opened for writing meanwhile, and the lock lowered since.
+                probe("data.read_again");
+                continue;
+            }
+            self.table.page(ino, offset, u64::from(size));
+            return Ok(pieces);
+        }
+    }
+
+    async fn read_under(
+        &self,
+        guard: &LockGuard,
+        ino: Ino,
+        offset: u64,
+        size: u32,
+    ) -> FsResult<Vec<Bytes>> {
         let inode = self.load_under(guard, ino).await?;
         if inode.is_dir() {
             return Err(Errno::EISDIR.into());

@@ -43,8 +43,8 @@ impl Fs {
         if end > MAX_SIZE {
             return Err(Errno::EFBIG.into());
         }
-        let _local = self.local.alone(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Write).await?;
+        let _local = self.local.alone(ino).await;
         let mut inode = self.load(&locked, ino).await?;
         if !inode.is_reg() {
             return Err(if inode.is_dir() {
@@ -168,8 +168,8 @@ impl Fs {
         offset: u64,
         whence: Whence,
     ) -> FsResult<u64> {
-        let _local = self.local.shared(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
+        let _local = self.local.shared(ino).await;
         let guard = locked.of(ino);
         let inode = self.load_under(guard, ino).await?;
         if offset >= inode.size {
@@ -215,8 +215,8 @@ impl Fs {
         if len == 0 {
             return Err(Errno::EINVAL.into());
         }
-        let _local = self.local.shared(ino).await;
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
+        let _local = self.local.shared(ino).await;
         let guard = locked.of(ino);
         self.load_under(guard, ino).await?;
         let stop = start

@@ -7,7 +7,7 @@
 //! read before the transaction is entered.
 
 use super::super::Fs;
-use super::super::api::{Ino, WriteHow};
+use super::super::api::{Ino, Inval, WriteHow};
 use super::super::change::{Change, Locked};
 use super::super::error::{FsError, FsResult};
 use super::super::inode::Inode;
@@ -37,16 +37,20 @@ impl Fs {
         offset: u64,
         data: Bytes,
         how: WriteHow,
+        direct: bool,
     ) -> FsResult<u32> {
         if data.is_empty() {
             return Ok(0);
         }
         self.data.throttle().await;
+        // Held for all of it, so that no other write comes in between.
+        let locked = self.lock_inodes(&[ino], Mode::Write).await?;
         let local = self.local.alone(ino).await;
-        let (mut done, mut offset, mut next) = (0, offset, how);
+        let (mut done, mut at, mut next) = (0, offset, how);
+        let mut first = None;
         while done < data.len() {
             match self
-                .write_once(ino, offset, &data.slice(done..), next)
+                .write_once(&locked, ino, at, &data.slice(done..), next)
                 .await
             {
                 // The transaction's data supply is used up: entering the next
@@ -56,31 +60,60 @@ impl Fs {
                 Err(_) if done > 0 => break,
                 Err(error) => return Err(error),
                 Ok((start, bytes)) => {
+                    first.get_or_insert(start);
                     done += bytes as usize;
                     // Less than asked for: either space or this transaction's supply
                     // ran out, and trying to write the rest tells which.
-                    offset = start + bytes;
+                    at = start + bytes;
                     next.append = false;
                 }
             }
         }
-        drop(local);
+        let (start, len) = (first.unwrap_or(offset), done as u64);
+        if !direct {
+            self.table.page(ino, start, len);
+        }
+        drop((local, locked));
+        if direct {
+            self.forget_written(ino, start, len).await;
+        } else if start != offset {
+            self.forget_misplaced(ino);
+        }
         if how.sync {
             self.log.sync().await?;
         }
         Ok(u32::try_from(done).expect("no more than was given"))
     }
 
+    /// Pages of other handles that show what was there before a direct write.
+    async fn forget_written(&self, ino: Ino, start: u64, len: u64) {
+        if self.table.is_paged(ino) {
+            probe("data.direct_write_beside_pages");
+            let range = Inval::PageRange { ino, start, len };
+            self.kernel.invalidate(vec![range]).await;
+        }
+    }
+
+    /// A handle was made to append after it was opened: the kernel has put the
+    /// data at its own idea of the end. It holds that page until it is answered.
+    fn forget_misplaced(&self, ino: Ino) {
+        probe("data.misplaced_append");
+        let forget = self.kernel.invalidate(vec![Inval::Pages(ino)]);
+        self.env.spawn("forget_misplaced", async move {
+            forget.await;
+        });
+    }
+
     /// Writes what fits one transaction; where it began and how many bytes it took.
     async fn write_once(
         &self,
+        locked: &Locked,
         ino: Ino,
         offset: u64,
         data: &Bytes,
         how: WriteHow,
     ) -> FsResult<(u64, u64)> {
-        let locked = self.lock_inodes(&[ino], Mode::Write).await?;
-        let mut inode = self.load(&locked, ino).await?;
+        let mut inode = self.load(locked, ino).await?;
         if !inode.is_reg() {
             return Err(Errno::EINVAL.into());
         }
@@ -91,17 +124,17 @@ impl Fs {
             return Err(Errno::EPERM.into());
         }
         if inode.flags & INODE_FLAG_TRUNCATE != 0 {
-            self.finish_truncate(&locked, &mut inode).await?;
+            self.finish_truncate(locked, &mut inode).await?;
         }
-        self.require_online(&locked, &inode, inode.size).await?;
+        self.require_online(locked, &inode, inode.size).await?;
         let state = self.table.state(ino);
         if offset > inode.size {
-            self.zero_old_tail(&locked, &inode, &state, offset / BLOCK)
+            self.zero_old_tail(locked, &inode, &state, offset / BLOCK)
                 .await?;
         }
-        let old = self.old_edges(&locked, &inode, &state, offset, end).await?;
+        let old = self.old_edges(locked, &inode, &state, offset, end).await?;
 
-        let mut change = self.change(&locked, &[inode.touch(true)], true).await?;
+        let mut change = self.change(locked, &[inode.touch(true)], true).await?;
         let done = self
             .write_in(
                 &mut change,
