@@ -21,6 +21,7 @@ mod deaths;
 mod explain;
 mod search;
 
+use crate::model::recover::Unsettled;
 use crate::model::{Call, Context, Model, Reply};
 use chain::{Chain, Nth};
 pub use deaths::Death;
@@ -97,6 +98,8 @@ pub struct Violation {
 pub struct Oracle {
     chain: Chain,
     current: Vec<Record>,
+    /// What the last crash showed without its being durable.
+    unsettled: Unsettled,
     /// Beginnings and ends so far.
     count: u64,
     /// The state is not known: a search was given up.
@@ -125,6 +128,7 @@ impl Oracle {
         Self {
             chain: Chain::new(state),
             current: Vec::new(),
+            unsettled: Unsettled::default(),
             count: FIRST,
             lost: false,
             unjudged: 0,
@@ -261,15 +265,15 @@ impl Oracle {
         self.close_window();
         let mut left = self.budget;
         let verdict = if self.lost {
-            Some(Ok(()))
+            Some(Ok(Unsettled::default()))
         } else {
-            cut::judge(&mut self.chain, observed, &mut left)
+            cut::judge(&mut self.chain, observed, &self.unsettled, &mut left)
         };
         self.steps += self.budget - left;
         if verdict.is_none() {
             self.unjudged += 1;
         }
-        verdict.unwrap_or(Ok(()))?;
+        self.unsettled = verdict.unwrap_or(Ok(Unsettled::default()))?;
         self.lost = false;
         self.chain = Chain::new(observed.clone());
         Ok(())

@@ -5,7 +5,7 @@
 //! it, or zero where a later truncate cleared it (spec 14 sections 20 and 24).
 //! It never shows anything else.
 
-use super::{BLOCK, Call, Inode, Model, pattern_byte};
+use super::{BLOCK, Block, Call, Inode, Model, pattern_byte};
 use outrider_core::fs::api::Ino;
 
 /// Why an observed state is not this one.
@@ -17,6 +17,54 @@ pub type Difference = String;
 pub struct Later<'a> {
     calls: Vec<&'a Call>,
     cut_short: Vec<Ino>,
+    unsettled: Option<&'a Unsettled>,
+}
+
+/// Contents that a mount showed after a crash although no commit had flushed them:
+/// a loss of power before the next commit takes them back.
+#[derive(Clone, Debug, Default)]
+pub struct Unsettled {
+    pages: Vec<(Ino, u64, Block)>,
+    calls: Vec<Call>,
+}
+
+impl Unsettled {
+    /// What of `observed` is not as in `state`, the last one committed, and the
+    /// calls that may have made the difference.
+    pub fn new(state: &Model, observed: &Model, calls: &[&Call]) -> Self {
+        let mut pages = Vec::new();
+        for (ino, seen) in &observed.inodes {
+            let Some(committed) = state.get(*ino) else {
+                continue;
+            };
+            for (block, page) in &committed.blocks {
+                let shown = seen.blocks.get(block).map(|page| page.digest());
+                if shown.is_some_and(|digest| digest != page.digest()) {
+                    pages.push((*ino, *block, page.clone()));
+                }
+            }
+        }
+        let about = |ino: Ino| pages.iter().any(|(file, _, _)| *file == ino);
+        let calls = calls
+            .iter()
+            .filter(|call| call.changes_data_of().is_some_and(about))
+            .map(|call| (*call).clone())
+            .collect();
+        Self { pages, calls }
+    }
+
+    /// Nothing has been committed since an earlier crash: adds what was unsettled then.
+    pub fn add(&mut self, earlier: Unsettled) {
+        self.pages.extend(earlier.pages);
+        self.calls.extend(earlier.calls);
+    }
+
+    fn explains(&self, ino: Ino, offset: u64, byte: u8) -> bool {
+        let at = (offset % BLOCK) as usize;
+        self.pages.iter().any(|(file, block, page)| {
+            (*file, *block) == (ino, offset / BLOCK) && page.bytes()[at] == byte
+        }) || Later::new(&self.calls).explains(ino, offset, byte)
+    }
 }
 
 impl<'a> Later<'a> {
@@ -28,7 +76,15 @@ impl<'a> Later<'a> {
                 .filter(|call| call.changes_data_of().is_some())
                 .collect(),
             cut_short: Vec::new(),
+            unsettled: None,
         }
+    }
+
+    /// Contents of before an earlier crash, if nothing has been committed since.
+    #[must_use]
+    pub fn with_unsettled(mut self, unsettled: Option<&'a Unsettled>) -> Self {
+        self.unsettled = unsettled;
+        self
     }
 
     /// Files whose truncation may have freed nothing yet (spec 14 section 11).
@@ -41,26 +97,28 @@ impl<'a> Later<'a> {
     /// Whether one of the calls may have put `byte` at `offset` of the file.
     /// `size` is the file's size in the state, where an append may begin.
     fn explains(&self, ino: Ino, offset: u64, byte: u8) -> bool {
-        self.calls.iter().any(|call| match call {
-            Call::Write {
-                ino: file,
-                offset: start,
-                len,
-                tag,
-                append,
-                ..
-            } => {
-                let reach = *start..*start + u64::from(*len);
-                *file == ino
-                    && (*append || reach.contains(&offset))
-                    && byte == pattern_byte(*tag, offset)
-            }
-            Call::Setattr { ino: file, set } => {
-                let cleared = set.size.is_some_and(|size| offset >= size);
-                *file == ino && byte == 0 && cleared
-            }
-            _ => false,
-        })
+        let earlier = |unsettled: &Unsettled| unsettled.explains(ino, offset, byte);
+        self.unsettled.is_some_and(earlier)
+            || self.calls.iter().any(|call| match call {
+                Call::Write {
+                    ino: file,
+                    offset: start,
+                    len,
+                    tag,
+                    append,
+                    ..
+                } => {
+                    let reach = *start..*start + u64::from(*len);
+                    *file == ino
+                        && (*append || reach.contains(&offset))
+                        && byte == pattern_byte(*tag, offset)
+                }
+                Call::Setattr { ino: file, set } => {
+                    let cleared = set.size.is_some_and(|size| offset >= size);
+                    *file == ino && byte == 0 && cleared
+                }
+                _ => false,
+            })
     }
 }
 

@@ -9,17 +9,19 @@
 use super::chain::{Chain, Nth};
 use super::search::mark_of;
 use super::{Record, Violation};
-use crate::model::recover::Later;
+use crate::model::recover::{Later, Unsettled};
 use crate::model::{BLOCK, Call, Inode, Model, Reply};
 use outrider_core::env::HashSet;
 use outrider_core::fs::api::{Ino, SetAttr};
 
-/// Judges what was recovered. `None` if the search was given up.
+/// Judges what was recovered; gives what of it is not durable. `None` if the
+/// search was given up. `unsettled` is what was not durable at the crash before.
 pub(super) fn judge(
     chain: &mut Chain,
     observed: &Model,
+    unsettled: &Unsettled,
     steps: &mut u64,
-) -> Option<Result<(), Violation>> {
+) -> Option<Result<Unsettled, Violation>> {
     let last = chain.len() - 1;
     // What was promised is there; so nothing before it can be all there is.
     let promised = |window: &usize| chain.records(*window).iter().any(Record::is_promised);
@@ -33,8 +35,9 @@ pub(super) fn judge(
                 Nth::GaveUp => return None,
             }
             let mut cut = Cut::new(chain, window, observed, steps);
+            cut.unsettled = (window == 0).then_some(unsettled);
             if cut.step(chain.state(window, number)) {
-                return Some(Ok(()));
+                return Some(Ok(cut.shown()));
             }
             if cut.gave_up {
                 return None;
@@ -103,6 +106,10 @@ struct Cut<'a> {
     gave_up: bool,
     measuring: bool,
     nearest: Option<Near>,
+    /// What was not durable at the crash before, in the first window after it.
+    unsettled: Option<&'a Unsettled>,
+    /// The state that was found.
+    found: Option<Model>,
 }
 
 impl<'a> Cut<'a> {
@@ -142,6 +149,8 @@ impl<'a> Cut<'a> {
             gave_up: false,
             measuring: false,
             nearest: None,
+            unsettled: None,
+            found: None,
         }
     }
 
@@ -248,13 +257,33 @@ impl<'a> Cut<'a> {
                 _ => None,
             }
         });
-        Later::new(calls).with_cut_short(cut_short)
+        Later::new(calls)
+            .with_cut_short(cut_short)
+            .with_unsettled(self.still_unsettled())
+    }
+
+    /// A commit flushes: so only while nothing has been committed.
+    fn still_unsettled(&self) -> Option<&'a Unsettled> {
+        self.unsettled.filter(|_| !self.done.contains(&true))
+    }
+
+    /// What was recovered without being durable.
+    fn shown(&self) -> Unsettled {
+        let state = self.found.as_ref().expect("a state was found");
+        let left_out = self.left_out().map(|index| &self.records[index].call);
+        let calls: Vec<&Call> = left_out.chain(self.later.iter().copied()).collect();
+        let mut shown = Unsettled::new(state, self.observed, &calls);
+        if let Some(earlier) = self.still_unsettled() {
+            shown.add(earlier.clone());
+        }
+        shown
     }
 
     /// Whether what was recovered is this state, perhaps with parts of the calls
     /// that may come next.
     fn is_it(&mut self, state: &Model, next: &[usize]) -> bool {
         let Err(text) = state.recovered_as(self.observed, || self.later()) else {
+            self.found = Some(state.clone());
             return true;
         };
         if self.measuring {
@@ -274,9 +303,11 @@ impl<'a> Cut<'a> {
         !partial.is_empty() && self.is_it_with_parts(state, &partial)
     }
 
-    fn is_it_with_parts(&self, state: &Model, partial: &[usize]) -> bool {
+    fn is_it_with_parts(&mut self, state: &Model, partial: &[usize]) -> bool {
         let [index, rest @ ..] = partial else {
-            return state.recovered_as(self.observed, || self.later()).is_ok();
+            let found = state.recovered_as(self.observed, || self.later()).is_ok();
+            self.found = found.then(|| state.clone());
+            return found;
         };
         if self.is_it_with_parts(state, rest) {
             return true;

@@ -587,3 +587,55 @@ fn after_a_search_was_given_up_nothing_is_judged_until_the_state_is_seen() {
     assert_eq!(o.quiet().unwrap_err().kind, "answers");
     assert_eq!(o.unjudged(), 2);
 }
+
+#[test]
+fn contents_that_were_shown_before_a_commit_flushed_them_may_be_taken_back() {
+    let [first, second] = file();
+    let with_page = |tag| {
+        let over = (write(1024, 0, 4096, tag), Reply::Number(4096));
+        let mut seen = state_after(&[first.clone(), second.clone()]);
+        let changed = state_after(&[first.clone(), second.clone(), over]);
+        let page = std::rc::Rc::clone(&changed.get(1024).unwrap().blocks[&0]);
+        seen.get_mut(1024).blocks.insert(0, page);
+        seen
+    };
+    let old = state_after(&[first.clone(), second.clone()]);
+    // Two writes in place, neither committed; the mount after the crash shows one.
+    let shown = || {
+        let mut o = with_file();
+        for tag in [2, 3] {
+            run(
+                &mut o,
+                write(1024, 0, 4096, tag),
+                Reply::Number(4096),
+                10,
+                20,
+            );
+        }
+        o.recovered(&with_page(3)).unwrap();
+        o
+    };
+    for state in [&old, &with_page(2), &with_page(3)] {
+        shown().recovered(state).unwrap();
+    }
+    refused(&mut shown(), &with_page(4));
+    // Over several crashes, too.
+    let mut o = shown();
+    o.recovered(&with_page(2)).unwrap();
+    o.recovered(&with_page(3)).unwrap();
+    o.recovered(&old).unwrap();
+    // But not once something has been committed.
+    let committed = || {
+        let mut o = shown();
+        let mode = attr(1024, 0o600, 16384, 4);
+        run(&mut o, chmod(1024, 0o600), mode, 30, 40);
+        run(&mut o, Call::Syncfs, Reply::Done, 50, 60);
+        o
+    };
+    let with_mode = |mut state: Model| {
+        state.get_mut(1024).mode = S_IFREG | 0o600;
+        state
+    };
+    committed().recovered(&with_mode(with_page(3))).unwrap();
+    refused(&mut committed(), &with_mode(old.clone()));
+}
