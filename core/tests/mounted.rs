@@ -8,13 +8,14 @@ mod model;
 use model::{Model, Node};
 use outrider_core::env::testing::{TestEntropy, TestWorld};
 use outrider_core::env::testnet::{TestNet, TestNetHandle};
-use outrider_core::env::{Duration, Entropy, Env, Gate, LocalBoxFuture};
+use outrider_core::env::{DeviceRole, Duration, Entropy, Env, Gate, LocalBoxFuture};
 use outrider_core::errno::Errno as E;
 use outrider_core::fs::Fs;
 use outrider_core::fs::api::{Caller, Inval, KernelCache, Posix, SetAttr, WriteHow, XattrSet};
 use outrider_core::node::{Mount, NodeConfig};
+use outrider_core::secure::ClusterKey;
 use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
-use outrider_core::volume::{CheckOptions, MkfsOptions, check, mkfs};
+use outrider_core::volume::{CheckOptions, MkfsOptions, check, mkfs, read_key_record, read_super};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -113,9 +114,11 @@ impl Mounted {
     fn volume(seed: u64, meta_bytes: u64, data_bytes: u64) -> TestWorld {
         let world = TestWorld::with_network(seed, meta_bytes, data_bytes, network());
         let (meta, data) = (world.meta.handle(), world.data.handle());
+        let key = ClusterKey::from_bytes(&[7; 32]);
         let options = MkfsOptions {
             slots: vec![(0, "127.0.0.1:8000".parse().unwrap())],
             allow_small: true,
+            cluster_key: (seed % 2 == 1).then(|| key.id()),
             ..MkfsOptions::default()
         };
         let (env, wall) = (world.env(), world.env().clock.wall());
@@ -125,13 +128,25 @@ impl Mounted {
         world
     }
 
+    /// The volume's key, if it has one.
+    fn key(world: &TestWorld) -> Option<ClusterKey> {
+        let meta = world.meta.handle();
+        world.block_on(async {
+            let supers = read_super(&*meta, DeviceRole::Meta, None).await.unwrap();
+            let record = read_key_record(&*meta, supers.hdr.fsid.get()).await;
+            record.unwrap().map(|_| ClusterKey::from_bytes(&[7; 32]))
+        })
+    }
+
     fn over(world: TestWorld) -> Self {
         let config = config(&world.entropy);
         Self::over_with(world, config)
     }
 
-    fn over_with(world: TestWorld, config: NodeConfig) -> Self {
+    fn over_with(world: TestWorld, mut config: NodeConfig) -> Self {
         let env = world.env();
+        // Volumes with a key behave as those without one, in everything here.
+        config.cluster_key = Self::key(&world);
         world.meta.set_yields(world.entropy.chance(1, 2));
         world.data.set_yields(world.entropy.chance(1, 2));
         let rid = world.entropy.rid();

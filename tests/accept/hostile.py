@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Attacks the ports of a running cluster from this host, and looks whether its users notice.
 
-usage: hostile.py OUTRIDER_BINARY WORK_DIR [--minutes M] [--port PORT] [--no-key] [--json]
+usage: hostile.py OUTRIDER_BINARY WORK_DIR [--minutes M] [--port PORT] [--no-key] [--cross] [--json]
 
 Makes a volume in files, mounts it three times (slots 0 to 2 on 127.0.0.1 to 127.0.0.3),
 with a cluster key unless --no-key is given, and lets each mount's users write, fsync,
@@ -19,6 +19,7 @@ saw an error, no daemon died, nobody was fenced, leadership never changed, memor
 not grow, the log names what came, and `outrider check` is clean at the end.
 """
 import argparse
+import atexit
 import json
 import os
 import random
@@ -50,7 +51,8 @@ class Cluster:
         self.meta, self.data = os.path.join(work, "meta"), os.path.join(work, "data")
         self.key = os.path.join(work, "cluster.key")
         self.daemons, self.logs, self.mnts = [], [], []
-        self.env = dict(os.environ, OUTRIDER_STATE_DIR=os.path.join(work, "state"))
+        self.env = dict(os.environ, OUTRIDER_STATE_DIR=os.path.join(work, "state"),
+                        OUTRIDER_LOG="info")
 
     def run(self, *args, **kw):
         return subprocess.run([self.binary, *args], env=self.env, text=True,
@@ -112,6 +114,14 @@ class Cluster:
     def descriptors(self):
         return [len(os.listdir(f"/proc/{d.pid}/fd")) for d in self.daemons]
 
+    def kill(self):
+        """Leaves nothing behind, whatever went wrong."""
+        for daemon, mnt in zip(self.daemons, self.mnts):
+            if daemon.poll() is None:
+                daemon.kill()
+                daemon.wait()
+                subprocess.run(["umount", "-l", mnt], stderr=subprocess.DEVNULL)
+
     def unmount(self):
         """All at once: the last majority of members leaves together."""
         for daemon in self.daemons:
@@ -145,11 +155,11 @@ class Cluster:
 
 
 class User(threading.Thread):
-    """Works in one mount, reads back what it and others wrote, notes each delay."""
+    """Works in one mount, looks at it from another one, notes how long each turn takes."""
 
-    def __init__(self, nr, mnts):
+    def __init__(self, nr, mnts, cross):
         super().__init__(daemon=True)
-        self.nr, self.mnts = nr, mnts
+        self.nr, self.mnts, self.cross = nr, mnts, cross
         self.errors, self.delays = [], []
         self.stopped = threading.Event()
 
@@ -169,11 +179,12 @@ class User(threading.Thread):
                     f.flush()
                     os.fsync(f.fileno())
                 os.rename(os.path.join(own, name + ".tmp"), os.path.join(own, name))
-                # Each tenth is looked at from another node.
-                where = other if count % 10 == 0 else own
-                with open(os.path.join(where, name), "rb") as f:
+                with open(os.path.join(own, name), "rb") as f:
                     if f.read() != content:
-                        self.errors.append(f"{where}/{name} is not what was written")
+                        self.errors.append(f"{own}/{name} is not what was written")
+                # Each tenth is looked at from another node, which takes its locks there.
+                if self.cross and count % 10 == 9 and os.stat(os.path.join(other, name)).st_size != len(content):
+                    self.errors.append(f"{other}/{name} is not what was written")
             except OSError as error:
                 self.errors.append(f"user {self.nr}: {error}")
                 time.sleep(0.2)
@@ -380,18 +391,21 @@ def main():
     args.add_argument("--minutes", type=float, default=10)
     args.add_argument("--port", type=int, default=21400)
     args.add_argument("--no-key", action="store_true")
+    args.add_argument("--cross", action="store_true",
+                      help="users look at each other's files from their own mounts")
     args.add_argument("--json", action="store_true")
     args = args.parse_args()
     work = os.path.abspath(args.work)
     os.makedirs(work, exist_ok=True)
     cluster = Cluster(os.path.abspath(args.binary), work, args.port, not args.no_key)
     cluster.make()
+    atexit.register(cluster.kill)
     recorded = ([], [])
     # From before the first mount, so that handshakes and elections are recorded too.
     recorder = threading.Thread(target=record, args=(args.port, 25, recorded), daemon=True)
     recorder.start()
     cluster.mount()
-    users = [User(nr, cluster.mnts) for nr in range(len(HOSTS))]
+    users = [User(nr, cluster.mnts, args.cross) for nr in range(len(HOSTS))]
     wrong, report = [], []
     try:
         for user in users:

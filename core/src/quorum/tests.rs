@@ -13,6 +13,7 @@ use crate::format::{
     InetAddr, Magic, QUORUM_BLKNO, QuorumBlock, QuorumConfig, QuorumEventKind, SM_BLOCK_SIZE,
     init_header, seal,
 };
+use crate::secure::{ClusterKey, secured};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -578,6 +579,7 @@ struct Member {
 }
 
 struct Agents {
+    key: Option<ClusterKey>,
     world: TestWorld,
     slots: Slots,
 }
@@ -593,12 +595,17 @@ impl Agents {
             world.meta.poke(super::block::offset(slot as usize), &block);
         }
         Self {
+            key: None,
             world,
             slots: slots(n),
         }
     }
 
     fn member(&self, slot: usize, rid: u64) -> Member {
+        self.member_with(slot, rid, self.key.as_ref())
+    }
+
+    fn member_with(&self, slot: usize, rid: u64, key: Option<&ClusterKey>) -> Member {
         let (stop, stop_rx) = watch::channel(AgentStop::Run);
         let (heartbeat, heartbeat_timeout) = watch::channel(HEARTBEAT);
         let (status_tx, status) = watch::channel(AgentStatus::default());
@@ -619,7 +626,7 @@ impl Agents {
             policy: Policy::default(),
             cluster_key: None,
         };
-        let env = self.world.env();
+        let env = secured(&self.world.env(), key);
         let inputs = super::agent::Inputs {
             stop: stop_rx,
             heartbeat_timeout,
@@ -736,7 +743,42 @@ fn a_failed_block_write_ends_the_service_and_its_server() {
 
 #[test]
 fn three_members_replace_a_leader_that_leaves_or_falls_silent() {
-    let agents = Agents::new(3);
+    replace_leaders(Agents::new(3));
+}
+
+#[test]
+fn so_do_three_members_with_a_cluster_key() {
+    replace_leaders(Agents {
+        key: Some(ClusterKey::from_bytes(&[3; 32])),
+        ..Agents::new(3)
+    });
+}
+
+#[test]
+fn a_member_with_another_key_or_none_elects_nobody_and_deposes_nobody() {
+    for stranger in [None, Some(ClusterKey::from_bytes(&[4; 32]))] {
+        let agents = Agents {
+            key: Some(ClusterKey::from_bytes(&[3; 32])),
+            ..Agents::new(3)
+        };
+        agents.world.block_on(async {
+            let members = [agents.member(0, A), agents.member(1, B)];
+            agents.pass(3000).await;
+            let leads = members
+                .iter()
+                .position(Member::is_leader)
+                .expect("a leader");
+            let before = agents.terms(leads).await;
+            let alone = agents.member_with(2, C, stranger.as_ref());
+            agents.pass(60_000).await;
+            assert!(!alone.is_leader(), "two votes of three are needed");
+            assert!(members[leads].is_leader());
+            assert_eq!(agents.terms(leads).await, before, "no new term");
+        });
+    }
+}
+
+fn replace_leaders(agents: Agents) {
     agents.world.block_on(async {
         let mut members: Vec<Member> = (0..3)
             .map(|slot| agents.member(slot, A + slot as u64))
