@@ -198,7 +198,7 @@ impl Mounted {
     fn write(&self, ino: u64, offset: u64, data: &[u8]) -> Result<u32, E> {
         let fs = self.fs();
         let data = bytes::Bytes::copy_from_slice(data);
-        self.run(fs.write(&ROOT, ino, 0, offset, data, WriteHow::default()))
+        self.run(fs.write(&ROOT, ino, 0, offset, data.into(), WriteHow::default()))
     }
 
     fn xattrs(&self, ino: u64) -> BTreeMap<String, Vec<u8>> {
@@ -451,7 +451,7 @@ impl Walk {
         let bytes = bytes::Bytes::copy_from_slice(&data);
         let got = self
             .fs
-            .write(&ROOT, ino, 0, offset, bytes, WriteHow::default())
+            .write(&ROOT, ino, 0, offset, bytes.into(), WriteHow::default())
             .await;
         assert_eq!(got, Ok(data.len() as u32));
         let old = &mut self.model.nodes.get_mut(&ino).unwrap().data;

@@ -333,6 +333,8 @@ impl Reactor {
         self.inner
             .borrow_mut()
             .turn(limit, self.depth, &self.wake, &self.wake_buf, &mut done);
+        // This thread looks at its queue next: it needs no wake-up from itself.
+        self.wake.awake();
         for (index, res) in done {
             self.complete(index, res);
         }

@@ -254,17 +254,19 @@ impl Executor {
         let next = self.timers.borrow().keys().next().map(|(at, _)| *at);
         let limit = next.map(|at| Duration::from_nanos(at.saturating_sub(monotonic())));
         self.reactor.turn(limit);
-        self.queue.awake();
         if next.is_some() {
             self.fire_timers();
         }
     }
 
     fn fire_timers(&self) {
-        if self.timers.borrow().is_empty() {
+        let Some(next) = self.timers.borrow().keys().next().map(|(at, _)| *at) else {
+            return;
+        };
+        let now = monotonic();
+        if next > now {
             return;
         }
-        let now = monotonic();
         let due = {
             let mut timers = self.timers.borrow_mut();
             let later = timers.split_off(&(now + 1, 0));

@@ -11,7 +11,7 @@ use crate::request::{Op, Request, forgets};
 use crate::session::Session;
 use bytes::Bytes;
 use outrider_core::errno::Errno;
-use outrider_core::fs::api::{Caller, Entry, Opened, Posix, Whence, WriteHow, XattrSet};
+use outrider_core::fs::api::{Caller, Entry, Opened, Posix, Whence, WriteData, WriteHow, XattrSet};
 use std::rc::Rc;
 use zerocopy::{Immutable, IntoBytes};
 
@@ -159,7 +159,7 @@ pub(crate) fn write<P: Posix + 'static>(
     posix: &Rc<P>,
     header: &abi::InHeader,
     args: &abi::WriteIn,
-    data: Bytes,
+    data: WriteData,
 ) {
     let reply = Reply {
         session: Rc::clone(session),

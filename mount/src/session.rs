@@ -16,9 +16,9 @@ use crate::reply::Promise;
 use crate::request;
 use crate::serve;
 use bytes::Bytes;
-use outrider_core::env::{AlignedBuf, Gate, Signal, Task};
+use outrider_core::env::{ALIGN, AlignedBuf, Gate, Signal, Task};
 use outrider_core::errno::Errno;
-use outrider_core::fs::api::Posix;
+use outrider_core::fs::api::{Posix, WriteData};
 use outrider_disk::{Reactor, spawn_polled};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -26,16 +26,18 @@ use std::future::Future;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 /// Largest read or write request, in bytes.
 pub const MAX_IO: usize = 1 << 20;
 /// Where a request begins in its buffer: the data of a WRITE then lies on a page.
-const START: usize = 4096 - size_of::<abi::InHeader>() - size_of::<abi::WriteIn>();
-const BUFFER: usize = 4096 + MAX_IO + 4096;
-/// Writes of at least this many bytes keep the read buffer instead of being copied.
-const KEEP_BUFFER: usize = 64 << 10;
+const START: usize = DATA - size_of::<abi::InHeader>() - size_of::<abi::WriteIn>();
+const DATA: usize = ALIGN;
+const BUFFER: usize = DATA + MAX_IO + ALIGN;
+/// Writes of at least this many bytes keep the read buffer instead of being copied:
+/// half of it is data then.
+const KEEP_BUFFER: usize = MAX_IO / 2;
 /// Requests served before other tasks of the thread get their turn.
 const BATCH: usize = 32;
 
@@ -103,53 +105,20 @@ pub struct Session {
     ready: Gate,
     parked: RefCell<HashMap<u64, Parked>>,
     drained: Signal,
-    pool: Arc<Mutex<Vec<AlignedBuf>>>,
     gone: Cell<bool>,
     destroyed: Cell<bool>,
     served: Cell<u64>,
 }
 
-/// A read buffer that returns to its pool.
-struct Pooled {
-    buf: Option<AlignedBuf>,
-    pool: Arc<Mutex<Vec<AlignedBuf>>>,
-}
-
-impl AsRef<[u8]> for Pooled {
-    fn as_ref(&self) -> &[u8] {
-        self.buf.as_deref().unwrap_or_default()
+/// The data of a WRITE, which begins [`DATA`] bytes into the buffer it was read
+/// into: the buffer itself, if that pays, else a copy.
+fn write_data(buf: &mut Option<AlignedBuf>, len: usize) -> WriteData {
+    if len >= KEEP_BUFFER && len.is_multiple_of(ALIGN) {
+        let buf = buf.take().expect("the buffer of this request");
+        return WriteData::Blocks(buf.part(DATA, len));
     }
-}
-
-impl Drop for Pooled {
-    fn drop(&mut self) {
-        if let (Some(buf), Ok(mut pool)) = (self.buf.take(), self.pool.lock())
-            && pool.len() < 16
-        {
-            pool.push(buf);
-        }
-    }
-}
-
-/// The buffer a request was read into.
-pub(crate) struct Inbox<'a> {
-    buf: &'a mut Option<AlignedBuf>,
-    pool: &'a Arc<Mutex<Vec<AlignedBuf>>>,
-}
-
-impl Inbox<'_> {
-    /// The data of a WRITE as owned bytes: the buffer itself if that pays.
-    pub(crate) fn write_data(&mut self, len: usize) -> Bytes {
-        let buf = self.buf.as_ref().expect("the buffer of this request");
-        if len < KEEP_BUFFER {
-            return Bytes::copy_from_slice(&buf[4096..4096 + len]);
-        }
-        let owner = Pooled {
-            buf: self.buf.take(),
-            pool: Arc::clone(self.pool),
-        };
-        Bytes::from_owner(owner).slice(4096..4096 + len)
-    }
+    let buf = buf.as_ref().expect("the buffer of this request");
+    WriteData::Copied(Bytes::copy_from_slice(&buf[DATA..DATA + len]))
 }
 
 impl Session {
@@ -162,7 +131,6 @@ impl Session {
             ready: Gate::default(),
             parked: RefCell::default(),
             drained: Signal::default(),
-            pool: Arc::default(),
             gone: Cell::new(false),
             destroyed: Cell::new(false),
             served: Cell::new(0),
@@ -241,10 +209,7 @@ impl Session {
     }
 
     fn read(&self, buf: &mut Option<AlignedBuf>) -> io::Result<usize> {
-        let space = buf.get_or_insert_with(|| {
-            let spare = self.pool.lock().ok().and_then(|mut pool| pool.pop());
-            spare.unwrap_or_else(|| AlignedBuf::zeroed(BUFFER))
-        });
+        let space = buf.get_or_insert_with(|| AlignedBuf::to_fill(BUFFER));
         Ok(rustix::io::read(&*self.fd, &mut space[START..])?)
     }
 
@@ -269,9 +234,7 @@ impl Session {
                 );
                 if let request::Op::Write { args, data } = request.op {
                     let (header, size) = (request.header, data.len());
-                    let pool = Arc::clone(&self.pool);
-                    let mut inbox = Inbox { buf, pool: &pool };
-                    let data = inbox.write_data(size);
+                    let data = write_data(buf, size);
                     serve::write(self, posix, &header, &args, data);
                 } else {
                     serve::dispatch(self, posix, &request);

@@ -20,10 +20,11 @@ use crate::backend::Sim;
 use crate::model::{Call, Reply, pattern};
 use crate::rng::Stream;
 use bytes::Bytes;
-use outrider_core::env::{LocalBoxFuture, Signal};
+use outrider_core::env::{AlignedBuf, LocalBoxFuture, Signal};
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{
-    Attr, Caller, Entry, Ino, Inval, KernelCache, Opened, Posix, SetAttr, Whence, WriteHow,
+    Attr, Caller, Entry, Ino, Inval, KernelCache, Opened, Posix, SetAttr, Whence, WriteData,
+    WriteHow,
 };
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -758,7 +759,11 @@ impl<P: Posix> Kernel<P> {
             let place = |pages: &mut Pages| write_pages(&mut pages.pages, offset, &data);
             locked = self.caches.lock_pages(ino, range, place).await;
         }
-        let data = data.clone();
+        // Whole blocks come in memory of their own, as from the kernel.
+        let data = match !data.is_empty() && data.len().is_multiple_of(PAGE as usize) {
+            true => WriteData::Blocks(AlignedBuf::copy_of(&data)),
+            false => data.into(),
+        };
         let written = self.fs.write(&self.cx, ino, fh, offset, data, how).await;
         self.caches.unlock_pages(ino, &locked);
         if !written

@@ -13,7 +13,7 @@ use outrider_core::env::Duration;
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{
     Attr, Caller, DirEntry, Entry, FiemapExtent, Ino, KernelCache, Opened, Posix, SetAttr, StatFs,
-    Whence, WriteHow, XattrSet,
+    Whence, WriteData, WriteHow, XattrSet,
 };
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -452,7 +452,7 @@ impl Posix for Reference {
         ino: Ino,
         _: u64,
         offset: u64,
-        data: Bytes,
+        data: WriteData,
         how: WriteHow,
     ) -> Result<u32, Errno> {
         // The bytes say which write they are from: find the tag that gives them.
@@ -463,7 +463,7 @@ impl Posix for Reference {
                     .take(64)
                     .zip(offset..)
                     .all(|(byte, at)| *byte == crate::model::pattern_byte(*tag, at))
-                    && crate::model::pattern(*tag, offset, len) == data
+                    && crate::model::pattern(*tag, offset, len)[..] == data[..]
             })
             .expect("a write of the workload");
         let call = Call::Write {

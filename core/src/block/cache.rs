@@ -355,7 +355,7 @@ impl Cache {
             inner.pending.insert(blkno, lead.pending.clone());
             inner.stats.reads += 1;
         }
-        let buf = AlignedBuf::zeroed(LG_BLOCK_SIZE);
+        let buf = AlignedBuf::to_fill(LG_BLOCK_SIZE);
         let (buf, res) = self.dev.read(blkno << LG_BLOCK_SHIFT, buf).await;
         let result = match res {
             Ok(()) => Ok(self.accept(blkno, buf)),

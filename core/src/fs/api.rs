@@ -7,7 +7,7 @@
 //! [`KernelCache`] goes the other way: what the kernel must forget before a
 //! cluster lock is given up.
 
-use crate::env::{Duration, LocalBoxFuture, WallTime};
+use crate::env::{AlignedBuf, Duration, LocalBoxFuture, WallTime};
 use crate::errno::Errno;
 use bytes::Bytes;
 
@@ -121,6 +121,31 @@ pub struct DirEntry {
     pub name: Bytes,
     /// With `readdirplus`: the inode, if it could be had without waiting for another node.
     pub entry: Option<Entry>,
+}
+
+/// The bytes of a write.
+#[derive(Debug)]
+pub enum WriteData {
+    /// Bytes that are copied to where they are kept.
+    Copied(Bytes),
+    /// Whole blocks in memory of their own, which may become the file system's.
+    Blocks(AlignedBuf),
+}
+
+impl std::ops::Deref for WriteData {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Copied(bytes) => bytes,
+            Self::Blocks(buf) => buf,
+        }
+    }
+}
+
+impl From<Bytes> for WriteData {
+    fn from(bytes: Bytes) -> Self {
+        Self::Copied(bytes)
+    }
 }
 
 /// How a write arrives.
@@ -291,7 +316,7 @@ pub trait Posix {
         ino: Ino,
         fh: u64,
         offset: u64,
-        data: Bytes,
+        data: WriteData,
         how: WriteHow,
     ) -> Result<u32, Errno>;
     /// Closes a handle of `open`, `create` or `tmpfile`.

@@ -3,7 +3,7 @@
 use super::Fs;
 use super::api::{
     Attr, Caller, DirEntry, Entry, FiemapExtent, Ino, Opened, Posix, SetAttr, StatFs, Whence,
-    WriteHow, XattrSet,
+    WriteData, WriteHow, XattrSet,
 };
 use super::create::{Made, New, node_mode};
 use super::error::{FsError, FsResult};
@@ -334,7 +334,7 @@ impl Posix for Fs {
         ino: Ino,
         fh: u64,
         offset: u64,
-        data: Bytes,
+        data: WriteData,
         how: WriteHow,
     ) -> Result<u32, Errno> {
         let direct = fh & FH_DIRECT != 0 && !how.from_pages;

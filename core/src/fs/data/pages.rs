@@ -90,6 +90,31 @@ impl InodeData {
         self.segment_at(block).is_some()
     }
 
+    /// Whether any of the blocks `[block, end)` is buffered.
+    pub(super) fn has_any(&self, block: u64, end: u64) -> bool {
+        let segments = self.segments.borrow();
+        let before = segments.range(..end).next_back();
+        before.is_some_and(|(start, segment)| start + segment.blocks() > block)
+    }
+
+    /// Makes `buf` the dirty content of blocks from `block` on, none of which is
+    /// buffered; they are mapped from `blkno` on.
+    pub(super) fn adopt(&self, block: u64, blkno: u64, buf: AlignedBuf) {
+        let segment = Segment {
+            blkno,
+            buf: Arc::new(buf),
+            dirty: true,
+            writing: false,
+        };
+        let blocks = segment.blocks();
+        assert!(
+            !self.has_any(block, block + blocks),
+            "blocks from {block} on are buffered twice"
+        );
+        self.dirty_blocks.set(self.dirty_blocks.get() + blocks);
+        self.segments.borrow_mut().insert(block, segment);
+    }
+
     /// Content of a buffered block. A buffer may be written out and dropped at any
     /// wait, so who needs the content after a wait takes it along.
     pub(super) fn copy_of(&self, block: u64) -> Option<IoBuf> {
@@ -164,7 +189,13 @@ impl InodeData {
             .next()
             .map_or(end, |(&s, _)| s);
         let stop = next.min(end).min(block + SEGMENT_BLOCKS);
-        let mut buf = AlignedBuf::zeroed(((stop - block) * BLOCK) as usize);
+        let len = ((stop - block) * BLOCK) as usize;
+        let whole = from <= block * BLOCK && to >= stop * BLOCK;
+        let mut buf = match whole {
+            // The caller fills all of it.
+            true => AlignedBuf::to_fill(len),
+            false => AlignedBuf::zeroed(len),
+        };
         let mut fill = |b: u64| {
             if let Some(old) = base(b) {
                 let at = ((b - block) * BLOCK) as usize;

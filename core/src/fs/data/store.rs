@@ -84,7 +84,7 @@ impl DataStore {
 
     /// Reads `blocks` blocks from data block `blkno`.
     pub(super) async fn read(&self, blkno: u64, blocks: u64) -> Result<IoBuf, DeviceError> {
-        let buf = AlignedBuf::zeroed((blocks * BLOCK) as usize);
+        let buf = AlignedBuf::to_fill((blocks * BLOCK) as usize);
         let (buf, result) = self.shared.device.read(blkno * BLOCK, buf).await;
         result.map(|()| Arc::new(buf))
     }

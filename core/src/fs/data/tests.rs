@@ -39,7 +39,14 @@ impl Model {
         for (from, to) in [(offset, cut), (cut, end)] {
             if from < to {
                 let piece = &bytes[(from - offset) as usize..(to - offset) as usize];
-                self.data.write(from, piece, blkno_of(from / BLOCK), &old);
+                let (first, last) = (from / BLOCK, to.div_ceil(BLOCK));
+                let whole = from.is_multiple_of(BLOCK) && to.is_multiple_of(BLOCK);
+                if whole && !self.data.has_any(first, last) {
+                    let buf = AlignedBuf::copy_of(piece);
+                    self.data.adopt(first, blkno_of(first), buf);
+                } else {
+                    self.data.write(from, piece, blkno_of(first), &old);
+                }
             }
         }
     }

@@ -7,7 +7,7 @@
 //! read before the transaction is entered.
 
 use super::super::Fs;
-use super::super::api::{Ino, Inval, WriteHow};
+use super::super::api::{Ino, Inval, WriteData, WriteHow};
 use super::super::change::{Change, Locked};
 use super::super::error::{FsError, FsResult};
 use super::super::inode::Inode;
@@ -35,7 +35,7 @@ impl Fs {
         &self,
         ino: Ino,
         offset: u64,
-        data: Bytes,
+        mut data: WriteData,
         how: WriteHow,
         direct: bool,
     ) -> FsResult<u32> {
@@ -46,13 +46,11 @@ impl Fs {
         // Held for all of it, so that no other write comes in between.
         let locked = self.lock_inodes(&[ino], Mode::Write).await?;
         let local = self.local.alone(ino).await;
+let whole = data.len();
         let (mut done, mut at, mut next) = (0, offset, how);
         let mut first = None;
-        while done < data.len() {
-            match self
-                .write_once(&locked, ino, at, &data.slice(done..), next)
-                .await
-            {
+        while done < whole {
+            match self.write_once(&locked, ino, at, &mut data, next).await {
                 // The transaction's data supply is used up: entering the next
                 // transaction waits for a refill.
                 Err(FsError::Log(LogError::NoData)) => probe("data.refill"),
@@ -66,6 +64,9 @@ impl Fs {
                     // ran out, and trying to write the rest tells which.
                     at = start + bytes;
                     next.append = false;
+                    if done < whole {
+                        data = Bytes::copy_from_slice(&data[bytes as usize..]).into();
+                    }
                 }
             }
         }
@@ -110,7 +111,7 @@ impl Fs {
         locked: &Locked,
         ino: Ino,
         offset: u64,
-        data: &Bytes,
+        data: &mut WriteData,
         how: WriteHow,
     ) -> FsResult<(u64, u64)> {
         let mut inode = self.load(locked, ino).await?;
@@ -156,7 +157,7 @@ impl Fs {
         change: &mut Change<'_>,
         inode: &mut Inode,
         (offset, end): (u64, u64),
-        data: &Bytes,
+        data: &mut WriteData,
         how: WriteHow,
         state: &Rc<InodeState>,
         old: &OldBlocks,
@@ -178,6 +179,12 @@ impl Fs {
         // Nothing fails from here on: the buffers get the data while the
         // transaction is held, so the commit that has the mapping has the data.
         state.data.changed();
+        if let [run] = mapped[..]
+            && take_blocks(data, state, run, (offset, end))
+        {
+            self.data.dirtied(state);
+            return Ok(end - offset);
+        }
         for run in &mapped {
             let from = offset.max(run.start * BLOCK);
             let to = end.min(run.end() * BLOCK);
@@ -438,6 +445,30 @@ impl Fs {
         }
         Ok(())
     }
+}
+
+/// Makes the memory of a write that covers exactly a run of blocks, none of them
+/// buffered, the buffer of those blocks: it goes to the device without a copy.
+fn take_blocks(
+    data: &mut WriteData,
+    state: &InodeState,
+    run: Extent,
+    (offset, end): (u64, u64),
+) -> bool {
+    let WriteData::Blocks(buf) = data else {
+        return false;
+    };
+    let whole = offset == run.start * BLOCK && end - offset == buf.len() as u64;
+    if !whole || run.len != buf.len() as u64 / BLOCK || state.data.has_any(run.start, run.end()) {
+        return false;
+    }
+    probe("data.write_without_copy");
+    let taken = std::mem::replace(data, WriteData::Copied(Bytes::new()));
+    let WriteData::Blocks(buf) = taken else {
+        unreachable!("just matched")
+    };
+    state.data.adopt(run.start, run.blkno, buf);
+    true
 }
 
 /// Byte after a write's last.
