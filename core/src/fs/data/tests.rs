@@ -108,9 +108,14 @@ fn buffers_and_device_together_are_the_file() {
         for step in 0..300 {
             match rng.random_range(0..8) {
                 0..=2 => {
-                    let offset = rng.random_range(0..bytes as u64);
+                    let mut offset = rng.random_range(0..bytes as u64);
                     let most = (bytes as u64 - offset).min(5 * BLOCK);
-                    let len = rng.random_range(1..=most) as usize;
+                    let mut len = rng.random_range(1..=most) as usize;
+                    if step % 2 == 0 {
+                        // Whole blocks, which come in memory of their own.
+                        offset -= offset % BLOCK;
+                        len = len.next_multiple_of(BLOCK as usize);
+                    }
                     model.write(offset, &vec![step as u8 ^ seed as u8; len]);
                 }
                 3 | 4 => model.submit(rng.random_range(0..BLOCKS)),
