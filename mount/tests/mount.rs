@@ -121,7 +121,9 @@ fn serve(
                         use outrider_core::fs::api::Posix;
                         let cx = Default::default();
                         let how = Default::default();
-                        m.write(&cx, ino, 0, 0, data.into(), how).await.unwrap();
+                        m.write(&cx, ino, 0, 0, bytes::Bytes::from(data).into(), how)
+                            .await
+                            .unwrap();
                     }
                     Ask::Counts(to) => {
                         let counts = (m.syncs.get(), m.forgotten.get(), m.released.get());

@@ -474,6 +474,16 @@ impl Cache {
         inner.insert_clean(blkno, entry.block, self.policy.cache_blocks);
     }
 
+    /// Drops a block that was replaced: no tree of the actor's own refers to it any
+    /// more, and its memory serves the next copy.
+    pub(super) fn drop_replaced(&self, blkno: u64) {
+        let inner = &mut *self.inner.borrow_mut();
+        let clean = |entry: &Entry| matches!(entry.place, Place::Clean(_));
+        if inner.map.get(&blkno).is_some_and(clean) {
+            inner.remove(blkno);
+        }
+    }
+
     /// Drops a dirty block without writing it.
     pub(super) fn forget(&self, blkno: u64, tx: u64) {
         assert_eq!(

@@ -17,6 +17,9 @@ pub struct Policy {
     pub write_batch_blocks: usize,
     /// Block writes in flight at once.
     pub write_depth: usize,
+    /// Requests up to which a mount's commit writes each durable by itself, instead
+    /// of a flush after all of them.
+    pub fua_requests: usize,
     /// Whether the devices need flushes for durability.
     pub flush: bool,
     /// Bytes of a btree block used for items before it is split; at least
@@ -148,6 +151,7 @@ impl Default for Policy {
             cache_blocks: (256 << 20) / LG_BLOCK_SIZE,
             write_batch_blocks: 16,
             write_depth: 32,
+            fua_requests: 2,
             flush: true,
             btree_space: crate::format::BTREE_PARENT_SPACE as u16,
             list_max: 8185,

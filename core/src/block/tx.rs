@@ -59,8 +59,12 @@ struct State {
     /// Whether the first blocks of both lists are dirty and ready for use.
     open: bool,
     dirty: BTreeSet<u64>,
+    /// Blocks whose copies are dirty.
+    replaced: Vec<u64>,
     /// Whether all dirty blocks were written and wait only for the flush.
     written: bool,
+    /// Whether they were written so that no flush is needed.
+    durable: bool,
 }
 
 /// A transaction: see the head of this file.
@@ -266,6 +270,7 @@ impl Tx {
         self.check_freed_room()?;
         let blkno = self.take()?;
         *block_ref = self.create(blkno, AlignedBuf::copy_of(old.bytes()), magic);
+        self.state.borrow_mut().replaced.push(old_blkno);
         self.put(old_blkno);
         Ok(())
     }
@@ -313,6 +318,7 @@ impl Tx {
             self.cache.forget(blkno, self.id);
         }
         (state.avail, state.freed) = state.start;
+        state.replaced.clear();
         state.open = false;
         state.written = false;
     }
@@ -338,10 +344,41 @@ impl Tx {
     /// # Errors
     /// As [`Tx::write`].
     pub async fn write_blocks(&self) -> Result<(), BlockError> {
+        self.write_as(false).await
+    }
+
+    /// As [`Tx::write_blocks`]; where the blocks make few requests, each of them is
+    /// durable when it ends, and [`Tx::flush`] has nothing left to do. Not for who
+    /// relies on the flush for the blocks of others too.
+    ///
+    /// # Errors
+    /// As [`Tx::write`].
+    pub async fn write_blocks_durably(&self) -> Result<(), BlockError> {
+        let runs = self.runs(&self.dirty_blknos());
+        let few = runs <= self.policy().fua_requests;
+        self.write_as(few && self.policy().flush).await
+    }
+
+    async fn write_as(&self, durable: bool) -> Result<(), BlockError> {
         let _writing = Writing::start(self);
-        let res = self.write_all().await;
-        self.state.borrow_mut().written = res.is_ok();
+        let res = self.write_all(WriteFlags { fua: durable }).await;
+        let state = &mut *self.state.borrow_mut();
+        state.written = res.is_ok();
+        state.durable = durable;
+        if durable && res.is_ok() {
+            probe("tx.written_durably");
+        }
         res
+    }
+
+    /// How many requests write these blocks.
+    fn runs(&self, blknos: &[u64]) -> usize {
+        let (mut rest, mut runs) = (blknos, 0);
+        while !rest.is_empty() {
+            rest = &rest[adjacent_run(rest, self.policy().write_batch_blocks)..];
+            runs += 1;
+        }
+        runs
     }
 
     /// The second half of [`Tx::write`]: what was written is durable and clean.
@@ -357,10 +394,17 @@ impl Tx {
             self.state.borrow().written,
             "flush of blocks that were not written"
         );
-        let res = self.cache.flush().await;
+        let durable = self.state.borrow().durable;
+        let res = match durable {
+            true => Ok(()),
+            false => self.cache.flush().await,
+        };
         let state = &mut *self.state.borrow_mut();
         state.written = false;
         res?;
+        for blkno in std::mem::take(&mut state.replaced) {
+            self.cache.drop_replaced(blkno);
+        }
         for blkno in std::mem::take(&mut state.dirty) {
             self.cache.mark_clean(blkno, self.id);
         }
@@ -376,7 +420,7 @@ impl Tx {
         self.state.borrow_mut().written = false;
     }
 
-    async fn write_all(&self) -> Result<(), BlockError> {
+    async fn write_all(&self, flags: WriteFlags) -> Result<(), BlockError> {
         let blknos = self.dirty_blknos();
         for blkno in &blknos {
             self.cache.edit(*blkno, self.id, seal);
@@ -390,7 +434,7 @@ impl Tx {
                 while in_flight.len() < depth && !rest.is_empty() && failed.is_none() {
                     let (run, after) = rest.split_at(adjacent_run(rest, batch));
                     rest = after;
-                    in_flight.push(self.write_run(run));
+                    in_flight.push(self.write_run(run, flags));
                 }
                 let before = in_flight.len();
                 in_flight.retain_mut(|write| match write.as_mut().poll(cx) {
@@ -413,13 +457,16 @@ impl Tx {
     }
 
     /// Writes blocks with adjacent numbers in one request.
-    fn write_run(&self, run: &[u64]) -> LocalBoxFuture<'static, Result<(), BlockError>> {
+    fn write_run(
+        &self,
+        run: &[u64],
+        flags: WriteFlags,
+    ) -> LocalBoxFuture<'static, Result<(), BlockError>> {
         let blkno = run[0];
         let bufs = run
             .iter()
             .map(|blkno| self.cache.dirty_buf(*blkno, self.id))
             .collect();
-        let flags = WriteFlags::default();
         let write = self
             .cache
             .device()

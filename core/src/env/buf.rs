@@ -226,7 +226,10 @@ mod tests {
         whole[3 * ALIGN - 1] = 2;
         let at = whole.as_ptr();
         let part = whole.part(ALIGN, 2 * ALIGN);
-        assert_eq!((part.len(), part[0], part[2 * ALIGN - 1]), (2 * ALIGN, 1, 2));
+        assert_eq!(
+            (part.len(), part[0], part[2 * ALIGN - 1]),
+            (2 * ALIGN, 1, 2)
+        );
         assert_eq!(part.as_ptr(), at.wrapping_add(ALIGN));
         let inner = part.part(ALIGN, ALIGN);
         assert_eq!((inner.len(), inner[ALIGN - 1]), (ALIGN, 2));

@@ -222,7 +222,7 @@ impl Inner {
         self.yield_point("log.commit.items").await;
         open.data.lock().await.return_cached(&open.tx).await?; // 3
         open.tx.prepare_commit(); // 4
-        open.tx.write_blocks().await?; // 5
+        open.tx.write_blocks_durably().await?; // 5
         self.yield_point("log.commit.written").await;
         // Mutant: breaks spec 04 section 14, file data is stable before step 7.
         if mutant("data_not_flushed") {
@@ -247,7 +247,9 @@ impl Inner {
     /// Both devices at once.
     async fn flush(&self, open: &Open, data: &[Rc<dyn DirtyData>]) -> Result<(), LogError> {
         let flush_data = async {
-            if data.is_empty() || !self.blocks.policy().flush {
+            // Nothing of it was written since the last flush, or all of it durable.
+            let covered = !data.iter().any(|data| data.needs_flush());
+            if covered || !self.blocks.policy().flush {
                 return Ok(());
             }
             self.data_dev.flush().await

@@ -114,6 +114,12 @@ pub trait DirtyData {
     /// come again until a later attempt wrote it.
     fn wait(&self) -> LocalBoxFuture<'static, Result<(), DeviceError>>;
 
+    /// Whether something was written that the device may still lose: a flush must
+    /// succeed before the data can be called durable.
+    fn needs_flush(&self) -> bool {
+        true
+    }
+
     /// What `wait` reported written was flushed too, or must be written again
     /// because the flush failed.
     fn flushed(&self, durable: bool) {

@@ -9,7 +9,7 @@ use outrider_core::env::{Duration, Env, Gate, WallTime};
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{
     Attr, Caller, DirEntry, Entry, FiemapExtent, Ino, Opened, Posix, SetAttr, SetTime, StatFs,
-    Whence, WriteHow, XattrSet,
+    Whence, WriteData, WriteHow, XattrSet,
 };
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -477,7 +477,7 @@ impl Posix for MemFs {
         ino: Ino,
         _fh: u64,
         offset: u64,
-        data: Bytes,
+        data: WriteData,
         how: WriteHow,
     ) -> Res<u32> {
         self.with(ino, |node| {

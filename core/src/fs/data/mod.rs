@@ -56,6 +56,9 @@ pub struct Policy {
     /// Written bytes kept in memory until they are flushed, so that a failed flush
     /// can be made good. Beyond it a failed flush ends all commits of the mount.
     pub unflushed_bytes_max: u64,
+    /// Requests up to which a commit writes file data durable by themselves, instead
+    /// of a flush after all of them.
+    pub fua_requests: usize,
     /// Bytes read ahead of a sequential reader; 0 for none.
     pub readahead_bytes: u64,
 }
@@ -70,6 +73,7 @@ impl Default for Policy {
             writeback_bytes: 1 << 20,
             dirty_bytes_max: 256 << 20,
             unflushed_bytes_max: 64 << 20,
+            fua_requests: 2,
             readahead_bytes: 4 << 20,
         }
     }

@@ -79,8 +79,10 @@ impl Fs {
                 Some(e) if !e.is_written() => push_zeros(&mut pieces, at, e.end().min(stop)),
                 Some(e) => {
                     let part = e.part(at, stop);
-                    self.read_written(&state, part, &mut pieces).await?;
+                    // Before the read: the reader's next request may come while
+                    // this one waits, and must be seen to follow it.
                     self.read_ahead(guard, &state, e, part, inode.size);
+                    self.read_written(&state, part, &mut pieces).await?;
                     part.end()
                 }
             };

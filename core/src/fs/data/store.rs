@@ -136,14 +136,13 @@ impl DataStore {
 
     /// Sends all dirty blocks of an inode.
     fn write_inode(&self, state: &Rc<InodeState>) {
-        let mut from = 0;
-        while let Some(batch) = state.data.next_batch(from, REQUEST_BYTES) {
-            from = batch.start + batch.bytes() / BLOCK;
-            self.submit(state.clone(), batch);
+        for batch in batches(state) {
+            self.submit(state.clone(), batch, false);
         }
     }
 
-    fn submit(&self, state: Rc<InodeState>, batch: Batch) {
+    /// Sends a batch; `durable`: it needs no flush when it has ended.
+    fn submit(&self, state: Rc<InodeState>, batch: Batch, durable: bool) {
         let shared = self.shared.clone();
         shared.in_flight.set(shared.in_flight.get() + 1);
         shared
@@ -152,7 +151,7 @@ impl DataStore {
         let request = shared.device.write(
             batch.blkno * BLOCK,
             batch.bufs.clone(),
-            WriteFlags::default(),
+            WriteFlags { fua: durable },
         );
         let store = self.clone();
         self.spawn("data_write", async move {
@@ -163,7 +162,9 @@ impl DataStore {
                 .in_flight_bytes
                 .set(shared.in_flight_bytes.get() - batch.bytes());
             if result.is_ok() {
-                shared.keep_until_flushed(batch);
+                if !durable {
+                    shared.keep_until_flushed(batch);
+                }
             } else if let Err(error) = result {
                 probe("data.write_failed");
                 tracing::error!(ino = state.ino, %error, "file data was not written");
@@ -184,8 +185,21 @@ impl DataStore {
     fn start_all(&self) {
         *self.shared.failed.borrow_mut() = None;
         let states: Vec<_> = self.shared.dirty.borrow().values().cloned().collect();
+        // Where little is dirty and no flush is due anyway, writes that are durable
+        // when they end save the flush.
+        let mut durable = !self.needs_flush() && self.shared.in_flight.get() == 0;
+        let mut writes = Vec::new();
+        for state in &states {
+            writes.extend(batches(state).map(|batch| (state.clone(), batch)));
+        }
+        durable &= writes.len() <= self.shared.policy.fua_requests;
+        if durable && !writes.is_empty() {
+            probe("data.written_durably");
+        }
+        for (state, batch) in writes {
+            self.submit(state, batch, durable);
+        }
         for state in states {
-            self.write_inode(&state);
             self.settle(&state);
         }
     }
@@ -264,6 +278,11 @@ impl DirtyData for DataStore {
         Box::pin(self.clone().wait_all())
     }
 
+    fn needs_flush(&self) -> bool {
+        let kept = self.shared.unflushed.borrow();
+        kept.bytes > 0 || kept.redo || kept.lost
+    }
+
     fn flushed(&self, durable: bool) {
         let mut kept = self.shared.unflushed.borrow_mut();
         if durable {
@@ -274,6 +293,17 @@ impl DirtyData for DataStore {
             kept.redo = true;
         }
     }
+}
+
+/// All dirty blocks of an inode as batches; each is marked as being written when it
+/// is taken.
+fn batches(state: &InodeState) -> impl Iterator<Item = Batch> + '_ {
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        let batch = state.data.next_batch(from, REQUEST_BYTES)?;
+        from = batch.start + batch.bytes() / BLOCK;
+        Some(batch)
+    })
 }
 
 impl Shared {
