@@ -41,6 +41,10 @@ const KEEP_BUFFER: usize = MAX_IO / 2;
 /// Requests served before other tasks of the thread get their turn.
 const BATCH: usize = 32;
 
+/// After so many rounds with one request each the session takes it that one caller
+/// waits for each answer, and looks for a second request only once in as many.
+const SINGLE: usize = 8;
+
 /// Why a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -165,14 +169,27 @@ impl Session {
     pub async fn run<P: Posix + 'static>(self: &Rc<Self>, posix: Rc<P>) -> io::Result<Ended> {
         let reactor = Reactor::current();
         let mut buf = None;
+        // Rounds in a row that found one request and no second.
+        let mut single = 0_usize;
         loop {
             reactor.readable(&self.fd).await;
-            for _ in 0..BATCH {
+            let mut got = 0;
+            while got < BATCH {
+                if got == 1 && single >= SINGLE && !single.is_multiple_of(SINGLE) {
+                    single += 1;
+                    break;
+                }
                 match self.read(&mut buf) {
                     Ok(0) => return Ok(self.end(None)),
-                    Ok(len) => self.serve(&posix, &mut buf, len),
+                    Ok(len) => {
+                        self.serve(&posix, &mut buf, len);
+                        got += 1;
+                    }
                     Err(err) => match err.raw_os_error() {
-                        Some(libc::EAGAIN) => break,
+                        Some(libc::EAGAIN) => {
+                            single = if got == 1 { single + 1 } else { 0 };
+                            break;
+                        }
                         // The request was taken back before it could be read.
                         Some(libc::ENOENT | libc::EINTR) => {}
                         Some(errno @ (libc::ENODEV | libc::ECONNABORTED)) => {
