@@ -39,6 +39,9 @@ impl From<LogError> for Errno {
 pub trait DirtyData {
     fn start_writeback(&self);
     fn wait(&self) -> LocalBoxFuture<'static, Result<(), DeviceError>>;
+    fn needs_flush(&self) -> bool {
+        true
+    }
     fn flushed(&self, durable: bool) {
         let _ = durable;
     }
