@@ -136,7 +136,7 @@ fn create(m: &Mounted, files: &mut Files, name: String, fill: u8) {
             .expect("create");
         let ino = entry.attr.ino;
         let data = bytes::Bytes::from(vec![fill; 9000]);
-        fs.write(&ROOT, ino, opened.fh, 0, data, WriteHow::default())
+        fs.write(&ROOT, ino, opened.fh, 0, data.into(), WriteHow::default())
             .await
             .expect("write");
         fs.release(ino, opened.fh).await;
