@@ -175,7 +175,7 @@ pub fn run(args: &Args) -> Result<(), BenchError> {
     if let Some(dir) = &args.against {
         spots.push(Spot::new(dir)?);
     }
-    let cold = drop_caches().is_ok();
+    let cold = drop_caches(&args.dir).is_ok();
     let mut rows = Vec::new();
     for phase in Phase::ALL {
         // Each phase brings the directory into the state that it starts from.
@@ -251,8 +251,9 @@ fn median(values: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
-fn drop_caches() -> io::Result<()> {
-    rustix::fs::sync();
+/// Writes out the file system of `dir`, no other, and drops the kernel's caches.
+fn drop_caches(dir: &Path) -> io::Result<()> {
+    rustix::fs::syncfs(File::open(dir)?)?;
     fs::write("/proc/sys/vm/drop_caches", "3")
 }
 
@@ -295,7 +296,11 @@ impl Spot {
             Phase::Stat | Phase::Readdir | Phase::Rename | Phase::Unlink => self.fill_files(args),
             Phase::StatCold => {
                 self.fill_files(args)?;
-                named("cannot drop caches for", &self.root, drop_caches())
+                named(
+                    "cannot drop caches for",
+                    &self.root,
+                    drop_caches(&self.root),
+                )
             }
             Phase::SeqWrite => match fs::remove_file(self.big()) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -305,7 +310,11 @@ impl Spot {
             },
             Phase::SeqReadCold => {
                 self.fill_big(args)?;
-                named("cannot drop caches for", &self.root, drop_caches())
+                named(
+                    "cannot drop caches for",
+                    &self.root,
+                    drop_caches(&self.root),
+                )
             }
             Phase::RandRead | Phase::RandWrite => self.fill_big(args),
             Phase::Fsync => Ok(()),

@@ -46,7 +46,7 @@ impl Fs {
         // Held for all of it, so that no other write comes in between.
         let locked = self.lock_inodes(&[ino], Mode::Write).await?;
         let local = self.local.alone(ino).await;
-let whole = data.len();
+        let whole = data.len();
         let (mut done, mut at, mut next) = (0, offset, how);
         let mut first = None;
         while done < whole {
