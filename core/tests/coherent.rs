@@ -69,7 +69,7 @@ impl KernelCache for Kernel {
                             from_pages: true,
                             ..WriteHow::default()
                         };
-                        fs.write(&ROOT, ino, fh, 0, data, how).await.unwrap();
+                        fs.write(&ROOT, ino, fh, 0, data.into(), how).await.unwrap();
                     }
                 }
                 pages.dropped.borrow_mut().push(one);
@@ -175,7 +175,7 @@ impl Pair {
 async fn put(fs: &Fs, ino: u64, fh: u64, data: &'static [u8]) {
     let data = Bytes::from_static(data);
     let how = WriteHow::default();
-    let written = fs.write(&ROOT, ino, fh, 0, data.clone(), how).await;
+    let written = fs.write(&ROOT, ino, fh, 0, data.clone().into(), how).await;
     assert_eq!(written, Ok(data.len() as u32));
 }
 
