@@ -167,7 +167,9 @@ impl Pair {
 
     fn unmount(self) {
         for mount in self.mounts.iter().rev() {
-            self.world.block_on(mount.unmount());
+            self.world
+                .block_on(mount.unmount())
+                .expect("a clean unmount");
         }
     }
 }

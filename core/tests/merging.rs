@@ -214,7 +214,7 @@ fn files_survive_merges_and_deleted_space_comes_back() {
         assert_eq!(names(&m), 0);
         let after = m.run(m.fs().statfs()).unwrap();
         assert_eq!(after.files_free, before.files_free);
-        m.run(m.mount.unmount());
+        m.run(m.mount.unmount()).expect("a clean unmount");
         set_probe_sink(None);
         for name in [
             "server.merge.end",

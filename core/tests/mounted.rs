@@ -172,7 +172,8 @@ impl Mounted {
     }
 
     fn unmount(self) -> TestWorld {
-        self.world.block_on(self.mount.unmount());
+        let left = self.world.block_on(self.mount.unmount());
+        left.expect("a clean unmount");
         is_sound(&self.world);
         self.world
     }

@@ -8,6 +8,7 @@
 //! * **liveness**: every metadata and data handle of a mount holds a shared lock
 //!   on the byte of the mount's rid. The fence agent tests it.
 //! * **slot**: one daemon per quorum slot of a volume, exclusive.
+//! * **all of these at once**, exclusive: a command that has the volume to itself.
 //!
 //! What can go wrong: such locks are seen on this host only (and, for files on a
 //! network file system, perhaps not even by it), so a free lock proves something
@@ -26,12 +27,23 @@ fn liveness_byte(id: u64) -> i64 {
 }
 
 fn ofd_lock(file: &impl AsFd, command: i32, kind: i32, start: i64) -> io::Result<libc::flock64> {
+    ofd_lock_range(file, command, kind, start, 1)
+}
+
+/// `len` 0 is everything from `start` on.
+fn ofd_lock_range(
+    file: &impl AsFd,
+    command: i32,
+    kind: i32,
+    start: i64,
+    len: i64,
+) -> io::Result<libc::flock64> {
     // SAFETY: a zeroed flock64 is valid.
     let mut lock: libc::flock64 = unsafe { std::mem::zeroed() };
     lock.l_type = kind as i16;
     lock.l_whence = libc::SEEK_SET as i16;
     lock.l_start = start;
-    lock.l_len = 1;
+    lock.l_len = len;
     // SAFETY: the kernel reads and writes `lock` only.
     let res = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), command, &raw mut lock) };
     if res < 0 {
@@ -66,6 +78,19 @@ pub fn is_live(file: &impl AsFd, id: u64) -> io::Result<bool> {
 pub fn try_slot(file: &impl AsFd, slot: u8) -> io::Result<bool> {
     let start = SLOT_BASE + i64::from(slot);
     match ofd_lock(file, libc::F_OFD_SETLK, libc::F_WRLCK, start) {
+        Ok(_) => Ok(true),
+        Err(err) if matches!(err.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(err) => Err(err),
+    }
+}
+
+/// Keeps all mounts of this host away for as long as `file` is open; false if there
+/// is one. `file` must be open for writing.
+///
+/// # Errors
+/// If the file system has no locks.
+pub fn try_alone(file: &impl AsFd) -> io::Result<bool> {
+    match ofd_lock_range(file, libc::F_OFD_SETLK, libc::F_WRLCK, SLOT_BASE, 0) {
         Ok(_) => Ok(true),
         Err(err) if matches!(err.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
         Err(err) => Err(err),
@@ -135,6 +160,24 @@ mod tests {
         assert!(try_slot(&two, 1).unwrap());
         drop(one);
         assert!(try_slot(&two, 0).unwrap());
+    }
+
+    #[test]
+    fn who_wants_a_device_alone_waits_for_all_mounts_and_keeps_them_away() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (one, two, alone) = (open(file.path()), open(file.path()), open(file.path()));
+        hold_liveness(&one, 7).unwrap();
+        assert!(try_slot(&two, 3).unwrap());
+        assert!(!try_alone(&alone).unwrap());
+        drop(one);
+        assert!(!try_alone(&alone).unwrap());
+        drop(two);
+        assert!(try_alone(&alone).unwrap());
+        let late = open(file.path());
+        assert!(hold_liveness(&late, 8).is_err());
+        assert!(!try_slot(&late, 0).unwrap());
+        drop(alone);
+        hold_liveness(&late, 8).unwrap();
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::scsi;
 use crate::session::{Ended, Session, SessionOptions};
 use outrider_core::env::{DeviceRole, Duration, Either, Env, Gate, race};
 use outrider_core::errno::Errno;
-use outrider_core::node::{Mount, MountError};
+use outrider_core::node::{Mount, MountError, UnmountError};
 use outrider_core::secure::ClusterKey;
 use outrider_core::server::FenceAgent;
 use outrider_core::volume::{MountSupers, VolumeError, read_mount_supers};
@@ -91,6 +91,9 @@ pub enum DaemonError {
     /// The cluster key cannot be read.
     #[error(transparent)]
     Key(#[from] KeyFileError),
+    /// The unmount was not clean.
+    #[error(transparent)]
+    Unmount(#[from] UnmountError),
     /// The mount was cut off; what was not synced is lost.
     #[error("the mount was forced to end: what was not synced is lost")]
     Forced,
@@ -102,6 +105,7 @@ impl DaemonError {
         match self {
             Self::Mount(error) => error.errno(),
             Self::Volume(error) => error.mount_errno(),
+            Self::Unmount(error) => error.errno(),
             Self::Path { source, .. } | Self::System { source, .. } => {
                 Errno(source.raw_os_error().unwrap_or(Errno::EIO.0))
             }
@@ -201,6 +205,9 @@ pub fn run(config: &DaemonConfig, ready: impl FnOnce()) -> Result<(), DaemonErro
         .and_then(|served| served);
     runtime.join();
     drop(net);
+    if let Err(error) = leave_word(&held, &result) {
+        tracing::warn!(%error, "the run file does not say how this mount ended");
+    }
     drop(held);
     result
 }
@@ -222,6 +229,67 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// How a daemon's run file says that it ended well.
+const CLEAN: &str = "clean";
+
+/// Writes into the run file how the mount ended, for the umount helpers.
+fn leave_word(held: &File, result: &Result<(), DaemonError>) -> io::Result<()> {
+    let word = match result {
+        Ok(()) => CLEAN.to_owned(),
+        Err(DaemonError::Forced) => format!("forced {} {}", Errno::EIO.0, DaemonError::Forced),
+        Err(error) => format!("failed {} {error}", error.errno().0),
+    };
+    let mut held = held;
+    io::Write::write_all(&mut held, format!("{word}\n").as_bytes())
+}
+
+/// How the daemon of a run file ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// Everything was committed.
+    Clean,
+    /// It was forced to end: what was not synced is lost.
+    Forced(String),
+    /// It could not end cleanly.
+    Failed(Errno, String),
+    /// It said nothing: it was killed, or it still runs.
+    None,
+}
+
+impl Word {
+    /// Reads a run file; call it when nobody holds its lock any more.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn read(file: &File) -> io::Result<Self> {
+        let text = {
+            use std::io::{Read, Seek};
+            let mut file = file;
+            let mut text = String::new();
+            file.rewind()?;
+            file.read_to_string(&mut text)?;
+            text
+        };
+        Ok(Self::parse(&text))
+    }
+
+    fn parse(text: &str) -> Self {
+        let Some((_pid, word)) = text.split_once('\n') else {
+            return Self::None;
+        };
+        let word = word.trim_end();
+        let mut parts = word.splitn(3, ' ');
+        let (kind, errno, said) = (parts.next(), parts.next(), parts.next());
+        let errno = errno.and_then(|errno| errno.parse().ok()).map(Errno);
+        match (kind, errno, said) {
+            (Some(CLEAN), None, None) => Self::Clean,
+            (Some("forced"), Some(_), Some(said)) => Self::Forced(said.to_owned()),
+            (Some("failed"), Some(errno), Some(said)) => Self::Failed(errno, said.to_owned()),
+            _ => Self::None,
+        }
+    }
+}
+
 fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
     let path = run_file(mountpoint).map_err(system("run directory"))?;
     let fail = |source| DaemonError::Path {
@@ -235,9 +303,10 @@ fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
         .open(&path)
         .map_err(fail)?;
     if !try_lock_file(&file).map_err(fail)? {
-        return Err(fail(io::Error::other(
-            "another daemon serves this mount point",
-        )));
+        return Err(DaemonError::Path {
+            path: mountpoint.to_owned(),
+            source: io::Error::other("another daemon serves this mount point"),
+        });
     }
     file.set_len(0).map_err(fail)?;
     io::Write::write_all(&mut &file, format!("{}\n", std::process::id()).as_bytes())
@@ -283,10 +352,16 @@ async fn serve(
         // After an error nobody has used it: it leaves as cleanly as one who was never
         // there. Who is declared dead meanwhile would wait for an answer for ever.
         other => match race(mount.unmount(), mount.evicted()).await {
-            Either::Left(()) => {
+            Either::Left(Ok(())) => {
                 give_keys_back(&keys, rid);
                 registered.unregister();
                 other.map(drop)
+            }
+            // Without a clean end the record stays: it is what proves to the next
+            // mount that this one is gone.
+            Either::Left(Err(left)) => {
+                tracing::error!(error = %left, "unmount");
+                other.and(Err(left.into()))
             }
             Either::Right(()) => {
                 mount.force_unmount().await;
@@ -555,6 +630,33 @@ async fn next_signal(signals: &Arc<OwnedFd>) {
             _ => {
                 reactor.readable(signals).await;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(result: &Result<(), DaemonError>) -> Word {
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, b"123\n").unwrap();
+        assert_eq!(Word::read(&file).unwrap(), Word::None, "it still runs");
+        leave_word(&file, result).unwrap();
+        Word::read(&file).unwrap()
+    }
+
+    #[test]
+    fn a_daemons_word_is_read_back() {
+        assert_eq!(told(&Ok(())), Word::Clean);
+        let forced = Err(DaemonError::Forced);
+        assert!(matches!(told(&forced), Word::Forced(said) if said.contains("lost")));
+        let lost = UnmountError::Lost(outrider_core::log::LogError::Severed);
+        let said = lost.to_string();
+        let errno = lost.errno();
+        assert_eq!(told(&Err(lost.into())), Word::Failed(errno, said));
+        for torn in ["", "123", "123\n", "123\nfailed 5", "123\nfai"] {
+            assert_eq!(Word::parse(torn), Word::None, "{torn:?}");
         }
     }
 }

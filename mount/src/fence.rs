@@ -76,7 +76,8 @@ impl Registry {
     /// # Errors
     /// If the directory cannot be made.
     pub fn at(dir: PathBuf) -> io::Result<Self> {
-        fs::create_dir_all(&dir)?;
+        fs::create_dir_all(&dir)
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", dir.display())))?;
         Ok(Self { dir })
     }
 

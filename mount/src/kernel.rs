@@ -222,6 +222,9 @@ pub struct Unmount {
 /// # Errors
 /// `EBUSY` if it is in use, `EINVAL` if nothing is mounted there.
 pub fn unmount(mountpoint: &Path, how: Unmount) -> io::Result<()> {
+    if how.force {
+        abort_connection(mountpoint);
+    }
     if is_root() {
         let mut flags = UnmountFlags::NOFOLLOW;
         flags.set(UnmountFlags::FORCE, how.force);
@@ -237,6 +240,20 @@ pub fn unmount(mountpoint: &Path, how: Unmount) -> io::Result<()> {
     match status.success() {
         true => Ok(()),
         false => Err(Errno::BUSY.into()),
+    }
+}
+
+/// Aborts the connection by its file, where there is one: a daemon that is idle when
+/// it is unmounted by force alone could not tell it from a clean unmount, although
+/// the kernel may have thrown pages of mappings away.
+fn abort_connection(mountpoint: &Path) {
+    let Ok(mounts) = mounts() else { return };
+    let Some(mounted) = mounts.iter().rev().find(|m| m.mountpoint == mountpoint) else {
+        return;
+    };
+    if let Some((_, minor)) = mounted.device.split_once(':') {
+        // Not there: the control filesystem is not mounted, or it is not our mount.
+        let _ = std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1");
     }
 }
 

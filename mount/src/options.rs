@@ -2,6 +2,7 @@
 //! are refused by name.
 
 use outrider_core::env::Duration;
+use outrider_core::fs::AtimePolicy;
 use outrider_core::node::NodeConfig;
 use outrider_core::server::FenceAgent;
 use std::path::PathBuf;
@@ -239,6 +240,18 @@ impl MountOptions {
         number("quorum_heartbeat_timeout_ms", Some(text), low, high)
     }
 
+    /// How access times move: the last flag about them counts, as in mount(8).
+    fn atime(&self) -> AtimePolicy {
+        let policy = |flag: &String| match flag.as_str() {
+            "noatime" => Some(AtimePolicy::Never),
+            "strictatime" | "norelatime" => Some(AtimePolicy::Always),
+            "relatime" | "atime" => Some(AtimePolicy::Relative),
+            _ => None,
+        };
+        let last = self.flags.iter().rev().find_map(policy);
+        last.unwrap_or_default()
+    }
+
     /// What the mount is told.
     pub fn node_config(&self, fence: Arc<dyn FenceAgent>) -> NodeConfig {
         let mut config = NodeConfig::new(self.quorum_slot, fence);
@@ -246,6 +259,7 @@ impl MountOptions {
         config.keepalive = self.keepalive;
         config.locks.idle_count = self.lock_idle_count;
         config.fs.acl = self.acl;
+        config.fs.atime = self.atime();
         config.fs.inodes_per_lock = self.ino_alloc_per_lock;
         config.fs.orphan_scan_delay = self.orphan_scan_delay;
         config.fs.data.prealloc_blocks = self.data_prealloc_blocks;

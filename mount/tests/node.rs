@@ -67,7 +67,7 @@ async fn serve(env: Env, rid: u64, mnt: PathBuf, ready: std::sync::mpsc::Sender<
     let ended = session.run(mount.fs().clone()).await.unwrap();
     session.drained().await;
     match ended {
-        Ended::Unmounted => mount.unmount().await,
+        Ended::Unmounted => mount.unmount().await.unwrap(),
         Ended::Aborted => mount.force_unmount().await,
     }
     ended

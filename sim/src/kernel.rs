@@ -380,7 +380,7 @@ impl<P: Posix> Kernel<P> {
 
     async fn lock(&self, call: &Call) -> Vec<Held> {
         if !self.caches.locking {
-            return Vec::new();
+            return self.lock_end_of_file(call).await;
         }
         let mut shared = Vec::new();
         let mut exclusive = Vec::new();
@@ -414,6 +414,20 @@ impl<P: Posix> Kernel<P> {
             held.push(Held::Write(lock.write_owned().await));
         }
         held
+    }
+
+    /// Where an append goes, and so which bytes it has, is decided by the caller
+    /// in any case: while no other call moves the end of the file.
+    async fn lock_end_of_file(&self, call: &Call) -> Vec<Held> {
+        match call {
+            Call::Write {
+                ino, append: true, ..
+            } => vec![Held::Write(self.caches.lock_of(*ino).write_owned().await)],
+            Call::Write { ino, .. } | Call::Setattr { ino, .. } | Call::Fallocate { ino, .. } => {
+                vec![Held::Read(self.caches.lock_of(*ino).read_owned().await)]
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// What the VFS refuses or answers by itself.

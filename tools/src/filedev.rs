@@ -8,6 +8,7 @@
 use crate::error::CmdError;
 use outrider_core::env::{AlignedBuf, BlockDevice, DeviceError, IoBuf, LocalBoxFuture, WriteFlags};
 use outrider_core::errno::Errno;
+use outrider_disk::lock::try_alone;
 use rustix::fs::{Advice, OFlags, fadvise};
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
@@ -15,12 +16,17 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
 
+/// The kernel may close a daemon's devices a moment after the daemon ended.
+const CLOSING_POLLS: u32 = 50;
+const CLOSING_POLL: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// What a command wants to do with a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Read only, beside whoever else uses it.
     Read,
-    /// Read and write; refused while a block device is in use on this host.
+    /// Read and write; refused while a mount on this host, or anybody who claims a
+    /// block device, uses it. Mounts are kept away until it is closed.
     Exclusive,
 }
 
@@ -60,6 +66,9 @@ impl FileDevice {
             other => other,
         }
         .map_err(|e| CmdError::io("open", path, &e))?;
+        if access == Access::Exclusive {
+            keep_mounts_away(&file, path)?;
+        }
         // Only a hint: without O_DIRECT it is the best there is.
         let _ = fadvise(&file, 0, None, Advice::DontNeed);
         let size = file
@@ -82,6 +91,19 @@ impl FileDevice {
             }),
         }
     }
+}
+
+/// Mounts share their devices, so the kernel's own claim (`O_EXCL`) is not theirs.
+fn keep_mounts_away(file: &File, path: &Path) -> Result<(), CmdError> {
+    for _ in 0..CLOSING_POLLS {
+        match try_alone(file) {
+            Ok(true) => return Ok(()),
+            Ok(false) => std::thread::sleep(CLOSING_POLL),
+            Err(e) => return Err(CmdError::io("lock", path, &e)),
+        }
+    }
+    let text = format!("'{}' is in use by a mount on this host", path.display());
+    Err(CmdError::new(Errno::EBUSY, text))
 }
 
 fn io_error(op: &'static str, offset: u64, len: u64, e: &std::io::Error) -> DeviceError {

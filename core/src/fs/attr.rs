@@ -85,9 +85,7 @@ impl Fs {
         }
         .await;
         change.finish(done).await?;
-        if let Some(state) = self.table.find(inode.ino) {
-            state.atime.set(None);
-        }
+        self.table.set_atime(inode.ino, None);
         *inode = changed;
         Ok(())
     }
@@ -105,8 +103,8 @@ impl Fs {
                     || now.sec.saturating_sub(inode.atime.sec) >= 24 * 3600
             }
         };
-        if due && let Some(state) = self.table.find(inode.ino) {
-            state.atime.set(Some(now));
+        if due {
+            self.table.set_atime(inode.ino, Some(now));
         }
     }
 }

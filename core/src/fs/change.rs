@@ -222,7 +222,7 @@ impl Fs {
         let value = value.ok_or(FsError::Gone(ino))?;
         let mut inode = Inode::decode(ino, &value, self.config.fmt_vers)?;
         inode.stored = Some(value);
-        if let Some(seen) = self.table.find(ino).and_then(|state| state.atime.get()) {
+        if let Some(seen) = self.table.atime(ino) {
             inode.atime = seen;
         }
         Ok(inode)

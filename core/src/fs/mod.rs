@@ -250,9 +250,7 @@ impl Fs {
         };
         self.table.pulled(ino);
         self.orphans.revoke(ino);
-        for state in self.table.in_group(ino) {
-            state.atime.set(None);
-        }
+        self.table.forget_atimes(ino);
         if new != Mode::Null {
             return;
         }

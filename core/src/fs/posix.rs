@@ -22,6 +22,10 @@ const O_EXCL: u32 = 0o200;
 const O_TRUNC: u32 = 0o1000;
 const O_DIRECT: u32 = 0o40000;
 
+/// A name that comes and goes under each attempt to create it is given up after so
+/// many.
+const CREATE_ATTEMPTS: usize = 100;
+
 fn writes(flags: u32) -> bool {
     flags & O_ACCMODE != 0
 }
@@ -109,6 +113,16 @@ impl Fs {
         Ok(self.entry(&inode, before))
     }
 
+    /// CREATE: makes the name, or opens what another node or task made first.
+    ///
+    /// Between the failed making and the opening the name may go, or its inode:
+    /// the kernel asked for a file to be there, so it is made after all. ESTALE
+    /// would make the kernel walk a path that nobody changed.
+    ///
+    /// # Errors
+    /// As [`Fs::make`] and [`Fs::do_open`]; EEXIST with `O_EXCL`. ESTALE if the
+    /// name is no plain file: the kernel then walks the path again; or if it keeps
+    /// changing for too long.
     async fn do_create(
         &self,
         cx: &Caller,
@@ -117,7 +131,7 @@ impl Fs {
         new: New<'_>,
         flags: u32,
     ) -> FsResult<(Entry, Opened)> {
-        loop {
+        for _ in 0..CREATE_ATTEMPTS {
             if let Some((inode, before)) = self.make(cx, parent, name, new).await? {
                 return Ok((self.entry(&inode, before), self.opened(flags)));
             }
@@ -125,32 +139,55 @@ impl Fs {
                 return Err(Errno::EEXIST.into());
             }
             probe("fs.create_found_existing");
-            // Another node, or task, was first: its file is opened.
-            let before = self.revocations.get();
-            let mut entry = match self.do_lookup(parent, name).await {
-                Ok(entry) => entry,
-                Err(error) if error.is(Errno::ENOENT) => continue,
-                Err(error) => return Err(error),
-            };
-            let ino = entry.attr.ino;
-            let opened = match entry.attr.mode & S_IFMT {
-                // The kernel has to walk the path again.
-                S_IFLNK | S_IFDIR => Err(FsError::Gone(ino)),
-                _ => self.do_open(cx, ino, flags, false).await,
-            };
-            match opened {
-                Ok(opened) => {
-                    // Opening may have waited long after the lookup.
-                    entry.entry_valid = entry.entry_valid.min(self.valid_since(before));
-                    entry.attr_valid = entry.attr_valid.min(self.valid_since(before));
-                    return Ok((entry, opened));
-                }
-                Err(error) => {
-                    self.table.forget(ino, 1);
-                    return Err(error);
-                }
+            match self.open_existing(cx, parent, name, flags).await {
+                Err(error) if error.is(Errno::ENOENT) => probe("fs.create_again"),
+                other => return other,
             }
         }
+        Err(Errno::ESTALE.into())
+    }
+
+    /// Opens the file that a name has now; ENOENT if the name or its file went.
+    async fn open_existing(
+        &self,
+        cx: &Caller,
+        parent: Ino,
+        name: &[u8],
+        flags: u32,
+    ) -> FsResult<(Entry, Opened)> {
+        // Opening may wait long after the lookup.
+        let before = self.revocations.get();
+        let mut entry = self.do_lookup(parent, name).await?;
+        let ino = entry.attr.ino;
+        let opened = match entry.attr.mode & S_IFMT {
+            // The kernel has to walk the path again.
+            S_IFLNK | S_IFDIR => Err(Errno::ESTALE.into()),
+            _ => self.do_open(cx, ino, flags, false).await,
+        };
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                self.table.forget(ino, 1);
+                return Err(match error {
+                    FsError::Gone(gone) if gone == ino => Errno::ENOENT.into(),
+                    error => error,
+                });
+            }
+        };
+        // Opening may have cut the file off. And the kernel takes the attributes
+        // of a created file for newer than any it has: others write to this one,
+        // so they are not to be believed for longer than this answer.
+        match self.do_getattr(ino).await {
+            Ok((attr, _)) => entry.attr = attr,
+            Err(error) => {
+                self.table.forget(ino, 1);
+                self.do_release(ino, opened.fh).await;
+                return Err(error);
+            }
+        }
+        entry.entry_valid = entry.entry_valid.min(self.valid_since(before));
+        entry.attr_valid = Duration::ZERO;
+        Ok((entry, opened))
     }
 }
 

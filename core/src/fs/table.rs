@@ -38,8 +38,6 @@ pub struct InodeState {
     pub ino: Ino,
     opens: Cell<u32>,
     writers: Cell<u32>,
-    /// Last access seen here and not stored; lost with the state (spec 12 section 20).
-    pub(super) atime: Cell<Option<WallTime>>,
     /// File data buffers and their bookkeeping.
     pub data: InodeData,
 }
@@ -61,6 +59,9 @@ impl InodeState {
 struct Known {
     refs: u64,
     is_dir: bool,
+    /// Last access seen here and not stored; lost when the kernel forgets the inode
+    /// or its lock is taken back (spec 12 section 20).
+    atime: Option<WallTime>,
 }
 
 /// Which pages the kernel may have of an inode.
@@ -102,7 +103,6 @@ impl InodeTable {
                 ino,
                 opens: Cell::new(0),
                 writers: Cell::new(0),
-                atime: Cell::new(None),
                 data: InodeData::default(),
             })
         };
@@ -308,6 +308,30 @@ impl InodeTable {
         self.pulling.borrow_mut().remove(&group_of(ino));
     }
 
+    /// When an inode that the kernel knows was accessed, if that is later than its
+    /// item says.
+    pub(super) fn atime(&self, ino: Ino) -> Option<WallTime> {
+        let groups = self.known.borrow();
+        groups.get(&group_of(ino))?.get(&ino)?.atime
+    }
+
+    /// Sets or forgets the time of the last access to an inode that the kernel knows.
+    pub(super) fn set_atime(&self, ino: Ino, atime: Option<WallTime>) {
+        let mut groups = self.known.borrow_mut();
+        let group = groups.get_mut(&group_of(ino));
+        if let Some(known) = group.and_then(|group| group.get_mut(&ino)) {
+            known.atime = atime;
+        }
+    }
+
+    /// Forgets the access times of a lock group.
+    pub(super) fn forget_atimes(&self, ino: Ino) {
+        let mut groups = self.known.borrow_mut();
+        for known in groups.get_mut(&group_of(ino)).into_iter().flatten() {
+            known.1.atime = None;
+        }
+    }
+
     /// Inodes of the group that the kernel may have attributes of, and whether
     /// each is a directory, of which it may have names: known by entry, or open;
     /// ascending.
@@ -418,6 +442,25 @@ mod tests {
             table.is_pulled(1024, false),
             "a forgotten inode has no pages"
         );
+    }
+
+    #[test]
+    fn access_times_are_kept_while_the_kernel_knows_the_inode() {
+        let table = InodeTable::default();
+        let at = Some(WallTime { sec: 7, nsec: 0 });
+        table.set_atime(1030, at);
+        assert_eq!(table.atime(1030), None, "nobody knows it");
+        for ino in [1030, 1031, 2050] {
+            table.learn(ino, true);
+            table.set_atime(ino, at);
+        }
+        table.learn(1030, true);
+        assert_eq!(table.atime(1030), at);
+        table.forget(1030, 2);
+        table.learn(1030, true);
+        assert_eq!(table.atime(1030), None);
+        table.forget_atimes(1024);
+        assert_eq!((table.atime(1031), table.atime(2050)), (None, at));
     }
 
     #[test]

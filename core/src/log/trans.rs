@@ -59,6 +59,11 @@ impl Open {
         }
     }
 
+    /// Whether anybody has entered it.
+    pub fn is_used(&self) -> bool {
+        self.used.get()
+    }
+
     /// The record as COMMIT_LOG_TREES sends it, once every block is written.
     pub async fn committed_record(&self) -> LogTrees {
         let tree = self.tree.lock().await;

@@ -307,7 +307,7 @@ fn the_populated_volume_reads_back_as_its_manifest_says() {
     world.block_on(async {
         let mount = mount(&env).await;
         compare(&mount, "b.manifest.jsonl.zst", &[]).await;
-        mount.unmount().await;
+        mount.unmount().await.expect("a clean unmount");
     });
 }
 
@@ -318,6 +318,6 @@ fn the_crash_image_recovers_as_the_original_recovered_it() {
     world.block_on(async {
         let mount = mount(&env).await;
         compare(&mount, "recovered.manifest.jsonl.zst", &[]).await;
-        mount.unmount().await;
+        mount.unmount().await.expect("a clean unmount");
     });
 }

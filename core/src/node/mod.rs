@@ -30,7 +30,7 @@ use crate::log::merge_worker::MergeWorker;
 use crate::log::{self, Log, LogError};
 use crate::quorum::{self, AgentConfig, AgentError, AgentHandle, AgentStop, ConfigError, Slots};
 use crate::secure::{ClusterKey, secured};
-use crate::server::{self, FenceAgent};
+use crate::server::{self, FenceAgent, LastingAgent};
 use crate::volume::{MountSupers, VolumeError, check_key, read_mount_supers};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -141,6 +141,27 @@ impl MountError {
             Self::Log(error) => error.clone().into(),
             Self::Root(error) => error.errno(),
             Self::GivenUp => Errno::EINTR,
+        }
+    }
+}
+
+/// Why an unmount was not clean.
+#[derive(Clone, Debug, Error)]
+pub enum UnmountError {
+    /// The last commit did not succeed.
+    #[error("the last commit failed, what was not synced is lost: {0}")]
+    Lost(LogError),
+    /// Everything is committed, but this mount could not tell that it left.
+    #[error("everything is committed, but the quorum slot is still marked as in use: {0}")]
+    Quorum(Arc<AgentError>),
+}
+
+impl UnmountError {
+    /// The number that a program would give.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Lost(error) => error.clone().into(),
+            Self::Quorum(_) => Errno::EIO,
         }
     }
 }
@@ -308,7 +329,10 @@ impl Mount {
     /// Clean unmount (spec 08 section 11): deletes what is unlinked and no longer
     /// open, commits, says farewell, ends the quorum agent. The caller has stopped
     /// sending requests.
-    pub async fn unmount(&self) {
+    ///
+    /// # Errors
+    /// As [`UnmountError`]: the mount has ended, but the cluster may have to fence it.
+    pub async fn unmount(&self) -> Result<(), UnmountError> {
         self.fs.stop();
         while !self.fs.is_idle() {
             self.env.sleep(Duration::from_millis(1)).await;
@@ -322,17 +346,20 @@ impl Mount {
         if mutant("farewell_before_commit") {
             self.client.farewell().await;
         }
-        if let Err(error) = self.log.shutdown().await {
-            tracing::error!(%error, "the last commit failed: what was not synced is lost");
-        }
+        let committed = self.log.shutdown().await;
         self.client.farewell().await;
         self.guard.shut();
         self.client.sever();
         self.log.sever();
-        if let Some(agent) = &self.agent {
-            agent.stop(AgentStop::Unmount);
-            agent.ended().await;
-        }
+        let left = match &self.agent {
+            Some(agent) => {
+                agent.stop(AgentStop::Unmount);
+                agent.ended().await
+            }
+            None => Ok(()),
+        };
+        committed.map_err(UnmountError::Lost)?;
+        left.map_err(UnmountError::Quorum)
     }
 
     /// Forced unmount: nothing more is sent or begun; what was not committed is
@@ -348,7 +375,8 @@ impl Mount {
         self.fs.data.abandon();
         if let Some(agent) = &self.agent {
             agent.stop(AgentStop::Forced);
-            agent.ended().await;
+            // It wrote nothing and promised nothing: how it ended changes nothing.
+            let _ = agent.ended().await;
         }
     }
 
@@ -413,18 +441,12 @@ async fn start_agent(
     let slots = Slots::checked(&meta.qconf, slot)?;
     let addr = slots.addr(slot).expect("a checked own slot is present");
     let fsid = meta.hdr.fsid.get();
-    let starter = glue::Starter {
-        fsid,
-        rid,
-        addr,
-        policy: server::Policy {
-            write_check: config.write_check(),
-            ..config.server.clone()
-        },
-        block: config.block.clone(),
-        fence: config.fence.clone(),
-        cluster_key: config.cluster_key.clone(),
+    let server = server::Policy {
+        write_check: config.write_check(),
+        ..config.server.clone()
     };
+    let block = config.block.clone();
+    let (fence, cluster_key) = (config.fence.clone(), config.cluster_key.clone());
     let agent_config = AgentConfig {
         fsid,
         rid,
@@ -433,7 +455,18 @@ async fn start_agent(
         policy: config.quorum,
         cluster_key: config.cluster_key.clone(),
     };
-    let make = Box::new(move |_: &Env| -> Rc<dyn quorum::ServerStarter> { Rc::new(starter) });
+    let make = Box::new(move |env: &Env| -> Rc<dyn quorum::ServerStarter> {
+        let fence = LastingAgent::new(env, fence, server.fence_timeout);
+        Rc::new(glue::Starter {
+            fsid,
+            rid,
+            addr,
+            policy: server,
+            block,
+            fence,
+            cluster_key,
+        })
+    });
     let agent = AgentHandle::spawn(env, agent_config, config.heartbeat_timeout, make);
     agent.started().await.map_err(MountError::Quorum)?;
     Ok(Some(agent))

@@ -5,6 +5,12 @@
 //! waits for the server; it waits for the device only where an event must be
 //! durable before the next effect. And a server that outlives its agent: whatever
 //! ends the service, the server is stopped and waited for first.
+//!
+//! A member whose own block could not be written steps out: its server is stopped
+//! and the others elect another leader. It does not stay out as the original's
+//! does, for then one I/O error would end the only member's service, and with it
+//! the volume's, until somebody unmounts: it takes part again as soon as it can
+//! record that its server stopped. A slot that another mount uses is left for good.
 
 use super::block::{BlockIo, QuorumBlockError};
 use super::brain::{Brain, Effect, Input, Message, MessageKind, Policy, ServerPhase, Status};
@@ -94,6 +100,18 @@ pub enum AgentError {
     Receive(NetError),
 }
 
+impl AgentError {
+    /// Whether the member may take part again when what failed works.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Block(QuorumBlockError::Device { error, .. }) => *error != DeviceError::Shut,
+            Self::Block(QuorumBlockError::ForeignRid { .. }) => false,
+            Self::Block(_) | Self::Receive(_) => true,
+            Self::Bind { .. } | Self::Open(_) => false,
+        }
+    }
+}
+
 /// How far the agent is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum AgentPhase {
@@ -180,11 +198,19 @@ impl AgentHandle {
     }
 
     /// Waits until the agent has ended; an agent whose thread is gone has.
-    pub async fn ended(&self) {
+    ///
+    /// # Errors
+    /// Why it did not end cleanly: its block shows a member that still runs.
+    pub async fn ended(&self) -> Result<(), Arc<AgentError>> {
         let mut status = self.status.clone();
-        let _ = status
-            .wait_for(|s| matches!(s.phase, AgentPhase::Ended(_)))
-            .await;
+        let ended = status.wait_for(|s| matches!(s.phase, AgentPhase::Ended(_)));
+        match ended.await.as_deref() {
+            Ok(AgentStatus {
+                phase: AgentPhase::Ended(result),
+                ..
+            }) => result.clone(),
+            _ => Ok(()),
+        }
     }
 
     /// Tells the agent to end; [`AgentHandle::ended`] waits for it.
@@ -220,13 +246,43 @@ pub async fn run(
 ) -> Result<(), AgentError> {
     let mut agent = Agent::start(env, config, starter, inputs).await?;
     status.send_modify(|s| s.phase = AgentPhase::Running);
-    let served = agent.serve(status).await;
-    if served.is_err() {
+    loop {
+        let served = agent.serve(status).await;
+        agent.stop_server(served.is_ok()).await;
+        let Err(error) = served else {
+            return agent.resign().await;
+        };
         probe("quorum_service_failed");
+        if !error.may_pass() {
+            return Err(error);
+        }
+        tracing::error!(%error, "this mount leaves the quorum until its block can be written");
+        if !agent.rejoin(status).await? {
+            return agent.resign().await;
+        }
+        probe("quorum_rejoined");
+        tracing::info!("this mount takes part in the quorum again");
     }
-    agent.stop_server(served.is_ok()).await;
-    served?;
-    agent.resign().await
+}
+
+/// The greatest term of all readable blocks, and whether one shows a leader that
+/// did not record its stop (spec 09 section 5.2).
+async fn survey(io: &BlockIo, slots: &Slots) -> (u64, bool) {
+    let (mut term, mut leader) = (0, false);
+    for (slot, _) in slots.iter() {
+        let block = match io.read(slot).await {
+            Ok(block) => block,
+            Err(error) => {
+                probe("quorum_start_skips_bad_block");
+                tracing::warn!(%error, "quorum block skipped");
+                continue;
+            }
+        };
+        let events = block.events.iter().filter(|event| event.rid.get() != 0);
+        term = events.map(|event| event.term.get()).fold(term, u64::max);
+        leader |= unresolved(&block);
+    }
+    (term, leader)
 }
 
 struct Agent {
@@ -262,20 +318,7 @@ impl Agent {
         let io = BlockIo::new(dev.map_err(AgentError::Open)?, config.fsid);
         let socket = env.net.bind_datagram(addr).await;
         let socket = socket.map_err(|error| AgentError::Bind { slot, error })?;
-        let (mut term, mut leader) = (0, false);
-        for (slot, _) in config.slots.iter() {
-            let block = match io.read(slot).await {
-                Ok(block) => block,
-                Err(error) => {
-                    probe("quorum_start_skips_bad_block");
-                    tracing::warn!(%error, "quorum block skipped");
-                    continue;
-                }
-            };
-            let events = block.events.iter().filter(|event| event.rid.get() != 0);
-            term = events.map(|event| event.term.get()).fold(term, u64::max);
-            leader |= unresolved(&block);
-        }
+        let (term, leader) = survey(&io, &config.slots).await;
         io.update(
             slot,
             QuorumEventKind::Begin,
@@ -303,6 +346,74 @@ impl Agent {
             brain,
             again: false,
         })
+    }
+
+    /// Waits, with the own server down, until the member can take part again; false
+    /// if the mount ends before.
+    async fn rejoin(&mut self, status: &watch::Sender<AgentStatus>) -> Result<bool, AgentError> {
+        let member = self.brain.status();
+        status.send_modify(|s| {
+            s.member = Status {
+                slot: member.slot,
+                term: member.term,
+                timeout: member.timeout,
+                ..Status::default()
+            };
+        });
+        loop {
+            let pause = self.env.sleep(self.config.policy.rejoin_pause);
+            // The mount's word wakes this as well; one that vanished says nothing.
+            if let Either::Left(Err(_)) = race(self.inputs.stop.changed(), pause).await {
+                self.env.sleep(self.config.policy.rejoin_pause).await;
+            }
+            if *self.inputs.stop.borrow() != AgentStop::Run {
+                return Ok(false);
+            }
+            match self.begin_again().await {
+                Ok(()) => return Ok(true),
+                Err(error) if error.may_pass() => {
+                    probe("quorum_rejoin_failed");
+                    tracing::debug!(%error, "not yet in the quorum again");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Records that the server of the own, unfinished leadership is down, and
+    /// starts over as a follower.
+    async fn begin_again(&mut self) -> Result<(), AgentError> {
+        self.write_stop().await?;
+        let (seen, leader) = survey(&self.io, &self.config.slots).await;
+        let term = seen.max(self.brain.status().term);
+        self.write(QuorumEventKind::Term, term).await?;
+        let input = Input {
+            now: self.env.clock.now(),
+            message: None,
+            server: ServerPhase::Down,
+            heartbeat_timeout: *self.inputs.heartbeat_timeout.borrow(),
+            random: self.env.entropy.next_u64(),
+        };
+        let AgentConfig {
+            slot,
+            policy,
+            ref slots,
+            ..
+        } = self.config;
+        self.brain = Brain::new(policy, slots, slot, term, leader, input);
+        Ok(())
+    }
+
+    /// Writes STOP for the leadership that the own block shows, once its server is
+    /// down: what this mount knows of it may never have reached the device.
+    async fn write_stop(&self) -> Result<(), QuorumBlockError> {
+        let block = self.io.read(self.config.slot).await?;
+        let elect = block.event(QuorumEventKind::Elect);
+        let stop = block.event(QuorumEventKind::Stop).term.get();
+        if elect.rid.get() != self.config.rid || elect.term.get() <= stop {
+            return Ok(());
+        }
+        self.write(QuorumEventKind::Stop, elect.term.get()).await
     }
 
     /// The loop, until the mount ends it.
@@ -479,8 +590,7 @@ impl Agent {
         }
         let member = self.brain.status();
         if member.server_start_term > 0 {
-            let term = member.server_start_term;
-            self.write(QuorumEventKind::Stop, term).await?;
+            self.write_stop().await?;
             self.send_to_others(MessageKind::Resignation, member.term)
                 .await;
         }

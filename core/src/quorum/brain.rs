@@ -23,6 +23,8 @@ pub struct Policy {
     pub election_jitter: Duration,
     /// Time between a leader's heartbeats.
     pub heartbeat_interval: Duration,
+    /// Time between a member's attempts to take part again after its block failed.
+    pub rejoin_pause: Duration,
 }
 
 impl Default for Policy {
@@ -31,6 +33,7 @@ impl Default for Policy {
             election_timeout: Duration::from_millis(250),
             election_jitter: Duration::from_millis(100),
             heartbeat_interval: Duration::from_millis(100),
+            rejoin_pause: Duration::from_millis(500),
         }
     }
 }

@@ -727,17 +727,113 @@ fn a_foreign_mount_in_the_slot_ends_the_service_and_its_server() {
 }
 
 #[test]
-fn a_failed_block_write_ends_the_service_and_its_server() {
+fn a_member_whose_block_fails_stops_its_server_and_takes_part_again() {
     let agents = Agents::new(1);
     agents.world.block_on(async {
         let member = agents.member(0, A);
         agents.pass(10).await;
         let meta = &agents.world.meta;
         meta.set_fault(Some(Box::new(|op| op.op == "write")));
+        agents.pass(3000).await;
+        assert_eq!(*member.ended.borrow(), None);
+        assert!(!member.is_leader());
+        let first = member.starter.started.borrow()[0].1.clone();
+        assert_eq!(first.get(), ServerPhase::Down);
+        assert_eq!(member.starter.started.borrow().len(), 1);
+        assert_eq!(agents.terms(0).await, [0, 1, 1, 0, 0, 0]);
+
+        meta.set_fault(None);
         agents.pass(1000).await;
-        assert!(matches!(*member.ended.borrow(), Some(Err(_))));
-        let started = member.starter.started.borrow();
-        assert_eq!(started[0].1.get(), ServerPhase::Down);
+        assert!(member.is_leader());
+        // Its first leadership is over, and it does not fence itself.
+        assert_eq!(agents.terms(0).await, [0, 2, 2, 2, 1, 0]);
+        let started: Vec<u64> = member
+            .starter
+            .started
+            .borrow()
+            .iter()
+            .map(|s| s.0)
+            .collect();
+        assert_eq!(started, [1, 2]);
+        member.stop.send_replace(AgentStop::Unmount);
+        agents.pass(1000).await;
+        assert_eq!(*member.ended.borrow(), Some(Ok(())));
+        assert!(!agents.block(0).await.may_be_running());
+    });
+}
+
+#[test]
+fn a_leader_that_could_not_fence_leaves_the_earlier_mount_of_its_slot_to_the_next() {
+    let agents = Agents::new(1);
+    agents.world.block_on(async {
+        let member = agents.member(0, A);
+        agents.pass(100).await;
+        // A vanishes with its server up; B's server can not fence it and goes down.
+        member.stop.send_replace(AgentStop::Forced);
+        agents.pass(1000).await;
+        let next = agents.member(0, B);
+        agents.pass(10).await;
+        let (term, phase, changed) = next.starter.started.borrow()[0].clone();
+        assert_eq!(term, 2);
+        phase.set(ServerPhase::Down);
+        changed.wake_all();
+        agents.pass(10).await;
+        assert!(!next.is_leader(), "it resigned");
+        let block = agents.block(0).await;
+        let to_fence = fence_candidates(3, B, [(0, &block)]);
+        assert_eq!(to_fence.iter().map(|c| c.rid).collect::<Vec<_>>(), [A]);
+        // The next term's server comes up, so A is fenced: then it may stop.
+        agents.pass(1000).await;
+        assert!(next.is_leader());
+        next.stop.send_replace(AgentStop::Unmount);
+        agents.pass(1000).await;
+        assert_eq!(*next.ended.borrow(), Some(Ok(())));
+        let block = agents.block(0).await;
+        assert_eq!(fence_candidates(9, A, [(0, &block)]), []);
+    });
+}
+
+#[test]
+fn a_member_that_is_out_ends_when_the_mount_does() {
+    for how in [AgentStop::Unmount, AgentStop::Forced] {
+        let agents = Agents::new(1);
+        agents.world.block_on(async {
+            let member = agents.member(0, A);
+            agents.pass(10).await;
+            let meta = &agents.world.meta;
+            meta.set_fault(Some(Box::new(|op| op.op == "write")));
+            agents.pass(3000).await;
+            member.stop.send_replace(how);
+            agents.pass(10).await;
+            let ended = member.ended.borrow().clone();
+            assert_eq!(ended.expect("ended").is_err(), how == AgentStop::Unmount);
+        });
+    }
+}
+
+#[test]
+fn a_member_that_is_out_does_not_take_its_slot_back_from_another_mount() {
+    let agents = Agents::new(1);
+    agents.world.block_on(async {
+        let member = agents.member(0, A);
+        agents.pass(10).await;
+        let meta = &agents.world.meta;
+        meta.set_fault(Some(Box::new(|op| op.op == "write")));
+        agents.pass(2000).await;
+        meta.set_fault(None);
+        let io = super::BlockIo::new(meta.handle(), FSID);
+        let begin = QuorumEventKind::Begin;
+        let written = io.update(0, begin, B, 1, Time(0)).await;
+        written.expect("written");
+        let before = agents.block(0).await;
+        agents.pass(2000).await;
+        assert_eq!(agents.block(0).await, before);
+        assert!(matches!(
+            *member.ended.borrow(),
+            Some(Err(AgentError::Block(
+                super::QuorumBlockError::ForeignRid { found: B, .. }
+            )))
+        ));
     });
 }
 

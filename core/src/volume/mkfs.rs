@@ -54,6 +54,8 @@ pub struct MkfsOptions {
     pub uuid: Option<[u8; 16]>,
     /// Id of the cluster key; `None` trusts the network, as the original does.
     pub cluster_key: Option<KeyId>,
+    /// User and group who own the root directory.
+    pub owner: (u32, u32),
 }
 
 impl Default for MkfsOptions {
@@ -69,6 +71,7 @@ impl Default for MkfsOptions {
             fsid: None,
             uuid: None,
             cluster_key: None,
+            owner: (0, 0),
         }
     }
 }
@@ -157,7 +160,7 @@ pub async fn mkfs(
     let summary = plan_mkfs(meta.size(), data.size(), entropy, options)?;
     let sb = &summary.sb;
     let fsid = sb.hdr.fsid.get();
-    write_meta_blocks(meta, sb, now).await?;
+    write_meta_blocks(meta, sb, root_inode(now, options.owner)).await?;
     if options.cluster_key.is_some() {
         // Without a key what is there stays: it belongs to no volume of this id.
         write_key_record(meta, fsid, options.cluster_key).await?;
@@ -337,10 +340,9 @@ fn base_super(meta_blocks: u64, data_blocks: u64) -> SuperBlock {
 async fn write_meta_blocks(
     meta: &dyn BlockDevice,
     sb: &SuperBlock,
-    now: WallTime,
+    inode: Inode,
 ) -> Result<(), VolumeError> {
     let fsid = sb.hdr.fsid.get();
-    let inode = root_inode(now);
     let lens = sb.meta_alloc.map(|root| root.total_len.get());
     let fs_items = [
         (Key::meta_seq(0, ROOT_INO), &[][..]),
@@ -375,10 +377,12 @@ async fn write_meta_blocks(
 }
 
 /// The root directory. Times have microseconds, as those of the original.
-fn root_inode(now: WallTime) -> Inode {
+fn root_inode(now: WallTime, (uid, gid): (u32, u32)) -> Inode {
     let now = Timespec::new(now.sec, now.nsec / 1000 * 1000);
     Inode {
         nlink: 2.into(),
+        uid: uid.into(),
+        gid: gid.into(),
         mode: 0o040_755.into(),
         next_readdir_pos: DIRENT_FIRST_POS.into(),
         atime: now,

@@ -175,8 +175,10 @@ impl System for Outrider {
     }
 
     async fn unmount(self: Rc<Self>) -> Result<(), String> {
-        self.mount.unmount().await;
-        Ok(())
+        self.mount
+            .unmount()
+            .await
+            .map_err(|error| error.to_string())
     }
 
     async fn force_unmount(self: Rc<Self>) {

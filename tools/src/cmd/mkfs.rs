@@ -108,9 +108,8 @@ impl Args {
             max_meta_bytes: size(&self.max_meta_size).map_err(invalid)?,
             max_data_bytes: size(&self.max_data_size).map_err(invalid)?,
             allow_small: self.allow_small_size,
-            fsid: None,
-            uuid: None,
             cluster_key: key.map(|key| key.id()),
+            ..MkfsOptions::default()
         })
     }
 

@@ -3,7 +3,7 @@
 use crate::error::CmdError;
 use outrider_core::errno::Errno;
 use outrider_disk::lock::wait_file_unlocked;
-use outrider_mount::daemon;
+use outrider_mount::daemon::{self, Word};
 use outrider_mount::kernel::{self, Unmount};
 use std::path::PathBuf;
 
@@ -11,6 +11,9 @@ use std::path::PathBuf;
 ///
 /// `umount(8)` returns earlier, when the kernel is done, unless it finds this
 /// program as /sbin/umount.fuse.outrider.
+///
+/// Exit code 0: everything is committed (with -f: the mount has ended). 1: it is
+/// still mounted, or it has ended without committing everything; stderr says which.
 #[derive(clap::Args, Debug)]
 #[command(
     after_help = "Examples:\n  outrider umount /mnt/volume\n  outrider umount -f /mnt/volume"
@@ -36,13 +39,32 @@ impl Args {
             force: self.force,
             lazy: self.lazy,
         };
+        // Before the unmount: whoever mounts here next starts a new word in it.
+        let file = std::fs::File::open(&run_file);
         kernel::unmount(&dir, how).map_err(|e| CmdError::io("unmount", &dir, &e))?;
         if self.lazy {
             return Ok(());
         }
-        if let Ok(file) = std::fs::File::open(&run_file) {
-            wait_file_unlocked(&file).map_err(|e| CmdError::io("wait for", &run_file, &e))?;
+        let Ok(file) = file else { return Ok(()) };
+        wait_file_unlocked(&file).map_err(|e| CmdError::io("wait for", &run_file, &e))?;
+        let word = Word::read(&file).map_err(|e| CmdError::io("read", &run_file, &e))?;
+        self.judge(word)
+    }
+
+    /// What the daemon's last word means for who asked for the unmount.
+    fn judge(&self, word: Word) -> Result<(), CmdError> {
+        match word {
+            Word::Clean => Ok(()),
+            Word::Forced(said) if self.force => {
+                eprintln!("{said}");
+                Ok(())
+            }
+            Word::Forced(said) => Err(CmdError::new(Errno::EIO, said)),
+            Word::Failed(errno, said) => Err(CmdError::new(errno, said)),
+            Word::None => Err(CmdError::new(
+                Errno::EIO,
+                "it is unmounted, but its daemon was gone or killed: what was not synced is lost",
+            )),
         }
-        Ok(())
     }
 }

@@ -62,6 +62,9 @@ impl Fs {
         if inode.is_dir() {
             return Err(Errno::EISDIR.into());
         }
+        if size > 0 {
+            self.accessed(&inode);
+        }
         let end = inode.size.min(offset.saturating_add(u64::from(size)));
         if offset >= end {
             return Ok(Vec::new());

@@ -11,7 +11,6 @@ use crate::error::CmdError;
 use crate::filedev::{Access, FileDevice};
 use outrider_core::env::{DeviceRole, Entropy};
 use outrider_core::errno::Errno;
-use outrider_core::format::FORMAT_VERSION_MAX;
 use outrider_core::quorum::Slots;
 use outrider_core::volume::{self, MIN_DEVICE_BYTES, MkfsOptions};
 use std::fs::{self, File};
@@ -86,15 +85,13 @@ fn make(meta: &Path, data: &Path, slots: &[(u64, SocketAddrV4)]) -> Result<(), C
     };
     let (new_meta, new_data) = (sparse(meta)?, sparse(data)?);
     let options = MkfsOptions {
-        fmt_vers: FORMAT_VERSION_MAX,
         slots: slots.to_vec(),
-        data_alloc_zone_blocks: None,
-        max_meta_bytes: None,
-        max_data_bytes: None,
-        allow_small: false,
-        fsid: None,
-        uuid: None,
-        cluster_key: None,
+        // Whoever makes it is to use it, root or not.
+        owner: (
+            rustix::process::geteuid().as_raw(),
+            rustix::process::getegid().as_raw(),
+        ),
+        ..MkfsOptions::default()
     };
     let entropy = entropy()?;
     {
