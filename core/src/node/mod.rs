@@ -197,6 +197,7 @@ impl Mount {
         kernel: Rc<dyn KernelCache>,
         give_up: &Gate,
     ) -> Result<Rc<Mount>, MountError> {
+        let env = &secured(env, config.cluster_key.as_ref());
         let guard = WriteGuard::new(env, config.write_check());
         let guarded = guard.env();
         let meta = open(&guarded, DeviceRole::Meta)?;
@@ -208,7 +209,6 @@ impl Mount {
             config.cluster_key.as_ref(),
         )
         .await?;
-        let env = &secured(env, config.cluster_key.as_ref());
         let agent = start_agent(env, rid, &config, &supers.meta).await?;
         let mount = Mount::assemble(&guard, rid, config, supers, agent, (meta, data), kernel);
         let started = match crate::env::race(mount.begin(), give_up.wait()).await {

@@ -168,6 +168,12 @@ impl Fs {
         // Whole requests only, so that a reader does not cause many small ones.
         while at < stop && (stop - at >= REQUEST_BLOCKS || stop == extent.end()) {
             let blocks = (stop - at).min(REQUEST_BLOCKS);
+            if state.data.has_any(at, at + blocks) {
+                // The device does not have it yet, and what it has would outlive the
+                // buffer.
+                probe("data.read_ahead_stops_at_buffer");
+                break;
+            }
             let run = Rc::new(Run {
                 blocks,
                 content: RefCell::new(None),
