@@ -70,6 +70,8 @@ struct Maps {
     names: BTreeMap<(Ino, Bytes), (Ino, u64)>,
     attrs: BTreeMap<Ino, CachedAttr>,
     versions: Versions,
+    /// Calls under way that change an inode's attributes.
+    changing: BTreeMap<Ino, u32>,
     pages: BTreeMap<Ino, Pages>,
     lookups: BTreeMap<Ino, u64>,
     opens: BTreeMap<Ino, u32>,
@@ -149,11 +151,31 @@ impl Caches {
     fn attr(&self, ino: Ino) -> Option<Attr> {
         let maps = self.maps.borrow();
         let cached = maps.attrs.get(&ino)?;
+        // Linux would show what it was until the change is answered, also to who has
+        // seen the change by an uncached call. No filesystem can do anything about
+        // that, so it is left out here.
+        if maps.changing.contains_key(&ino) {
+            return None;
+        }
         (self.enabled && cached.until > self.sim.now()).then_some(cached.attr)
     }
 
     fn version(&self, ino: Ino) -> u64 {
         self.maps.borrow().versions.of(ino)
+    }
+
+    fn change_begins(&self, ino: Ino) {
+        *self.maps.borrow_mut().changing.entry(ino).or_default() += 1;
+    }
+
+    fn change_ends(&self, ino: Ino) {
+        let changing = &mut self.maps.borrow_mut().changing;
+        if let Some(count) = changing.get_mut(&ino) {
+            *count -= 1;
+            if *count == 0 {
+                changing.remove(&ino);
+            }
+        }
     }
 
     /// The attributes of an inode changed here.
@@ -163,8 +185,15 @@ impl Caches {
         maps.attrs.remove(&ino);
     }
 
+    /// Of answers that were under way together none is kept, as which of them is
+    /// newer can not be told: a change may have come between them.
     fn keep_attr(&self, attr: Attr, valid: std::time::Duration, version: u64) {
-        if self.enabled && !valid.is_zero() && self.version(attr.ino) == version {
+        if !self.enabled || valid.is_zero() {
+            return;
+        }
+        let alone = self.version(attr.ino) == version;
+        self.touch(attr.ino);
+        if alone {
             let until = self.sim.now().saturating_add(valid.as_nanos() as u64);
             let cached = CachedAttr { attr, until };
             self.maps.borrow_mut().attrs.insert(attr.ino, cached);
@@ -333,6 +362,13 @@ impl<P: Posix> Kernel<P> {
         }
         let number = recorder.begin(call);
         let mut opened = None;
+        let changes: Vec<Ino> = match call {
+            call if call.is_read_only() => Vec::new(),
+            call => call.subjects().into_iter().flatten().collect(),
+        };
+        changes
+            .iter()
+            .for_each(|ino| self.caches.change_begins(*ino));
         let answer = match self.find(call).await {
             Ok(()) => Box::pin(self.perform(call, fh, &mut opened)).await,
             Err(error) => Err(error),
@@ -340,6 +376,7 @@ impl<P: Posix> Kernel<P> {
         let reply = answer.unwrap_or_else(Reply::Err);
         self.count_open(call, opened);
         self.settle(call);
+        changes.iter().for_each(|ino| self.caches.change_ends(*ino));
         recorder.end(number, &reply);
         self.maybe_forget();
         (reply, opened)

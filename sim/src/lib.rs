@@ -20,6 +20,7 @@ pub mod model;
 pub mod oracle;
 pub mod plan;
 pub mod rng;
+pub mod stress;
 pub mod trace;
 
 #[cfg(madsim)]

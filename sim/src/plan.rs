@@ -8,6 +8,7 @@
 pub mod cluster;
 
 use crate::rng::Stream;
+use crate::stress::{Stress, add_bursts};
 use cluster::ClusterPlan;
 use outrider_core::env::{DeviceRole, Entropy};
 use serde::{Deserialize, Serialize};
@@ -294,6 +295,10 @@ pub enum PlanOp {
     Pause {
         micros: u32,
     },
+    /// The end of this life, if it is to come, comes at the n-th write or flush from now.
+    Doom {
+        requests: u16,
+    },
 }
 
 /// The kinds of operations, for weights.
@@ -382,6 +387,9 @@ pub struct Config {
     pub squeeze: u8,
     /// How the fence agent behaves: 0 at once, 1 slow, 2 fails at first, 3 hangs at first.
     pub fence: u8,
+    /// What else is small, slow or frequent.
+    #[serde(default)]
+    pub stress: Stress,
 }
 
 /// A whole world.
@@ -446,6 +454,18 @@ impl Plan {
 
     /// Draws the plan of a seed; the profile follows from the seed unless given.
     pub fn from_seed(seed: u64, profile: Option<Profile>) -> Plan {
+        let mut plan = Self::calm(seed, profile);
+        if plan.cluster.is_some() {
+            return plan;
+        }
+        plan.config.stress = Stress::draw(seed, plan.config.profile);
+        plan.config.stress.clone().resize(&mut plan.config);
+        add_bursts(seed, &plan.config, &mut plan.lives);
+        plan
+    }
+
+    /// The plan of a seed without what is drawn to be tiny, slow or frequent.
+    pub fn calm(seed: u64, profile: Option<Profile>) -> Plan {
         let rng = Stream::new(seed, "plan", 0);
         let drawn = PROFILES[rng.weighted(&[8, 3, 3, 3, 1, 2])];
         let profile = profile.unwrap_or(drawn);
@@ -506,6 +526,7 @@ fn draw_config(rng: &Stream, profile: Profile) -> Config {
             _ => rng.below(3) as u8,
         },
         fence: rng.weighted(&[6, 1, 1, 1]) as u8,
+        stress: Stress::default(),
     }
 }
 

@@ -9,7 +9,9 @@
 //! [`BlockError::Stale`]. A dirty copy is never dropped.
 
 use super::{Block, BlockError, Corruption, Policy};
-use crate::env::{AlignedBuf, BlockDevice, DeviceError, Entropy, HashMap, IoBuf, Signal, probe};
+use crate::env::{
+    AlignedBuf, BlockDevice, DeviceError, Entropy, HashMap, IoBuf, Signal, mutant, probe,
+};
 use crate::format::{
     BlockHeader, BlockRef, HeaderError, LG_BLOCK_SHIFT, LG_BLOCK_SIZE, META_DEV_START_BLKNO, Magic,
     block_crc,
@@ -299,7 +301,10 @@ impl Cache {
         if let Some((expected, found)) = pair(block_ref.blkno.get(), hdr.blkno.get()) {
             return Err(HeaderError::Blkno { expected, found });
         }
-        if let Some((expected, found)) = pair(block_ref.seq.get(), hdr.seq.get()) {
+        if let Some((expected, found)) = pair(block_ref.seq.get(), hdr.seq.get())
+            // Mutant: breaks spec 02 section 5, another version is not the block.
+            && !mutant("stale_block_believed")
+        {
             return Err(HeaderError::Seq { expected, found });
         }
         Ok(())

@@ -567,7 +567,9 @@ impl Tx {
         }
         let avail_block = self.read_first(&avail).await?;
         let old_freed = freed;
-        let rotates = !freed.block_ref.is_null()
+        // Mutant: breaks spec 03 section 9, a full first block gets a new one before it.
+        let rotates = !mutant("freed_list_not_rotated")
+            && !freed.block_ref.is_null()
             && self.policy().list_max.saturating_sub(freed.first_nr.get())
                 < self.policy().list_rotate;
         let freed_block = if rotates || freed.block_ref.is_null() {

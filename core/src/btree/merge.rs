@@ -12,7 +12,7 @@ use super::layout::{self, NONE, NewItem};
 use super::walk::{Intent, Walked, leaf_has_room, low_mark, walk_dirty};
 use super::{BtreeError, ItemRef, avl, hash};
 use crate::block::{Cache, Tx};
-use crate::env::probe;
+use crate::env::{mutant, probe};
 use crate::format::{BtreeRoot, ITEM_FLAG_DELETION, Key, KeyRange, LG_BLOCK_SIZE};
 use std::collections::BTreeMap;
 
@@ -57,7 +57,8 @@ impl Window {
                 }
                 return;
             }
-            if old.seq >= it.seq {
+            // Mutant: breaks spec 05 section 6, the greatest seq wins.
+            if old.seq >= it.seq || mutant("merge_keeps_first") {
                 return;
             }
             self.remove(&it.key);

@@ -394,6 +394,7 @@ async fn try_join(
         own: tx.view(blkno, last_key),
         sibling: tx.view(sib, last_key),
     };
+    probe("btree.join");
     tx.edit(parent.blkno, |b| {
         fix_parent_keys(b, parent.off, sib_off, direction, sib_empty, keys);
     });

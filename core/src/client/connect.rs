@@ -50,15 +50,22 @@ enum ConnectError {
 
 /// Runs until the client is severed or has said farewell.
 pub(super) async fn run(inner: Rc<Inner>) {
+    /// The handler usually owns this client: breaks the circle, also when the
+    /// task is dropped.
+    struct Forget(Rc<Inner>);
+    impl Drop for Forget {
+        fn drop(&mut self) {
+            let handler = self.0.incoming.borrow_mut().take();
+            drop(handler);
+        }
+    }
+    let _forget = Forget(inner.clone());
     match race(inner.stop.wait(), reconnect_for_ever(&inner)).await {
         Either::Left(()) => tracing::debug!("client connection closed"),
         Either::Right(()) => probe("farewell_by_missing_item"),
     }
     inner.conn.borrow_mut().detach();
     inner.ended.open();
-    // The handler usually owns this client: break the circle.
-    let handler = inner.incoming.borrow_mut().take();
-    drop(handler);
 }
 
 /// Attempt after attempt; returns only when a farewell needs no answer any more.

@@ -24,7 +24,7 @@ use super::error::{FsError, FsResult};
 use super::inode::Inode;
 use super::table::group_of;
 use super::xattr::Stored;
-use crate::env::probe;
+use crate::env::{mutant, probe};
 use crate::format::{Key, XattrTotlVal};
 use crate::locks::{LockGuard, Mode, Scope};
 use crate::log::Hold;
@@ -466,8 +466,11 @@ impl<'a> Change<'a> {
         if old_meta != self.seq {
             self.force(Key::meta_seq(self.seq, inode.ino), inode.ino, true)
                 .await?;
-            self.force(Key::meta_seq(old_meta, inode.ino), inode.ino, false)
-                .await?;
+            // Mutant: breaks spec 12 section 5, one meta_seq item for each inode.
+            if !mutant("old_index_item_kept") {
+                self.force(Key::meta_seq(old_meta, inode.ino), inode.ino, false)
+                    .await?;
+            }
         }
         if inode.is_reg() && old_data != inode.data_seq {
             self.force(Key::data_seq(self.seq, inode.ino), inode.ino, true)

@@ -102,7 +102,8 @@ impl Fs {
     /// Deletes an inode that has lost its last name, if nobody has it open; else
     /// the last close, or a scan, will. Call without locks.
     pub(super) async fn delete_if_unused(&self, ino: Ino) {
-        if self.table.is_open(ino) {
+        // Mutant: breaks spec 11 section 5, an open inode is not deleted.
+        if self.table.is_open(ino) && !mutant("open_inode_deleted") {
             return;
         }
         match self.try_delete(ino).await {
@@ -136,7 +137,8 @@ impl Fs {
         let Some(_trying) = self.orphans.try_mark(ino) else {
             return Ok(Attempt::Later);
         };
-        if self.table.is_open(ino) || has_bit(&others, group_and_bit(ino).1) {
+        let open = self.table.is_open(ino) && !mutant("open_inode_deleted");
+        if open || has_bit(&others, group_and_bit(ino).1) {
             return Ok(Attempt::Later);
         }
         let mut inode = match self.load(&locked, ino).await {

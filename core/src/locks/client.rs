@@ -380,7 +380,10 @@ impl LockClient {
         };
         if lock.invalidations.is_empty() {
             self.admit(slot, out);
-            self.ask_for_waiters(slot, out);
+            // Mutant: breaks spec 10 section 9, who came meanwhile is asked for.
+            if !mutant("revoked_asks_for_nobody") {
+                self.ask_for_waiters(slot, out);
+            }
         } else {
             self.start_revoke(slot, out);
         }
@@ -403,7 +406,11 @@ impl LockClient {
             .map(|lock| {
                 let early = lock.early_grant.as_ref();
                 let granted = early.and_then(|grant| Mode::from_wire(grant.new_mode));
-                let mode = granted.or(lock.invalidating).unwrap_or(lock.mode);
+                // Mutant: breaks spec 10 section 10.3, what we really still have.
+                let old = lock
+                    .invalidating
+                    .filter(|_| !mutant("recovery_tells_new_mode"));
+                let mode = granted.or(old).unwrap_or(lock.mode);
                 let seq = early.map_or(0, |grant| grant.write_seq.get());
                 net_lock(&lock.key, lock.write_seq.max(seq), mode, mode)
             })

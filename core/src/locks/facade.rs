@@ -125,6 +125,12 @@ impl Locks {
         *self.inner.hooks.borrow_mut() = Some(hooks);
     }
 
+    /// Forgets the hooks, which usually own these locks, once the mount is gone.
+    pub fn clear_hooks(&self) {
+        let hooks = self.inner.hooks.borrow_mut().take();
+        drop(hooks);
+    }
+
     /// Takes the lock if its mode is cached: no wait, no message.
     pub fn try_lock(&self, scope: Scope, mode: Mode) -> Option<LockGuard> {
         let scope = scope.normal();
@@ -258,6 +264,10 @@ impl Locks {
     pub fn stop(&self, why: LockError) {
         if self.inner.stopped.get().is_none() {
             self.inner.stopped.set(Some(why));
+        }
+        // Mutant: breaks spec 10 section 14, no waiter outlives the mount.
+        if mutant("stop_leaves_waiters") {
+            return;
         }
         let mut waiting: Vec<_> = self.inner.waiting.borrow_mut().drain().collect();
         waiting.sort_unstable_by_key(|(id, _)| *id);

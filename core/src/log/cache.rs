@@ -568,6 +568,12 @@ impl ItemCache {
         pages.map(|(start, page)| (*start, page))
     }
 
+    /// Every page: what is known, and whether it has dirty items. For checkers.
+    pub fn ranges(&self) -> impl Iterator<Item = (KeyRange, bool)> + '_ {
+        let pages = self.pages.iter();
+        pages.map(|(start, page)| (KeyRange::new(*start, page.end), page.dirty > 0))
+    }
+
     /// Whether anything is known of the range.
     pub fn has_any(&self, range: &KeyRange) -> bool {
         self.overlapping(range).next().is_some()

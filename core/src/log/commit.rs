@@ -273,6 +273,10 @@ impl Inner {
         if flushed.is_err() || meta.is_err() {
             probe("log.flush_failed");
         }
+        // Mutant: breaks spec 04 section 14, a failed flush promises nothing.
+        if mutant("flush_error_ignored") {
+            return Ok(());
+        }
         flushed.map_err(LogError::Data)?;
         Ok(meta?)
     }

@@ -199,7 +199,9 @@ impl Inner {
         let items = &mut around.items;
         let mut keep = |item: btree::ItemRef<'_>| {
             let old = items.get(&item.key);
-            if old.is_none_or(|old| item.seq > old.seq) {
+            // Mutant: breaks spec 04 section 13.2, the greatest seq wins.
+            let newer = |old: &Found| item.seq > old.seq && !mutant("first_tree_wins");
+            if old.is_none_or(newer) {
                 let found = Found {
                     seq: item.seq,
                     deletion: item.flags & ITEM_FLAG_DELETION != 0,

@@ -246,6 +246,12 @@ impl Log {
         self.inner.cache.borrow().stats()
     }
 
+    /// Ranges of keys that the item cache knows, and whether items in them are
+    /// dirty. For checkers: each lies under a lock that this mount holds.
+    pub fn cached_ranges(&self) -> Vec<(KeyRange, bool)> {
+        self.inner.cache.borrow().ranges().collect()
+    }
+
     /// Commits that were completed.
     pub fn commits(&self) -> u64 {
         self.inner.commits.get()

@@ -423,6 +423,12 @@ impl Mount {
     }
 }
 
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.locks.clear_hooks();
+    }
+}
+
 fn open(env: &Env, role: DeviceRole) -> Result<Rc<dyn BlockDevice>, MountError> {
     env.devices
         .open(role)

@@ -410,7 +410,8 @@ impl Brain {
             return;
         };
         if self.status.role == Role::Follower
-            && self.status.vote_for.is_none()
+            // Mutant: breaks spec 09 section 5.3 step 13, one vote for each term.
+            && (self.status.vote_for.is_none() || mutant("votes_twice"))
             && self.status.term != self.start_term
         {
             self.status.vote_for = Some(ask.from);

@@ -13,7 +13,7 @@ use super::peers::Peers;
 use super::recovery::Recovery;
 use super::store::Store;
 use super::{FenceReason, FenceRequest, Handle, ServerConfig, Status};
-use crate::env::{DeviceRole, Either, Env, Gate as Door, Listener, Signal, probe, race};
+use crate::env::{DeviceRole, Either, Env, Gate as Door, Listener, Signal, mutant, probe, race};
 use crate::format::{QuorumEventKind, SuperBlock};
 use crate::guard::{Standing, WriteGuard};
 use crate::locks::omap::OmapServer;
@@ -304,6 +304,10 @@ async fn fence_leaders(env: &Env, config: &ServerConfig, fences: &Rc<Fences>) ->
             reason,
         });
     }
+    // Mutant: breaks spec 09 section 9.2, nothing is written before that.
+    if mutant("leader_fence_not_awaited") {
+        return Ok(());
+    }
     Ok(fences.wait_all(config.policy.leader_fence_timeout).await?)
 }
 
@@ -402,6 +406,17 @@ async fn serve(
     listener: Box<dyn Listener>,
     handle: &Handle,
 ) {
+    /// Connections own the server that owns them: breaks the circle, also when
+    /// the actor is dropped.
+    struct Forget<'a>(&'a Server);
+    impl Drop for Forget<'_> {
+        fn drop(&mut self) {
+            self.0.store.set_sync_hook(None);
+            let peers = self.0.peers.borrow_mut().take();
+            drop(peers);
+        }
+    }
+    let _forget = Forget(server);
     let sup = server.store.stable();
     let policy = &server.config.policy;
     let mut config =

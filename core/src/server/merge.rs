@@ -23,7 +23,7 @@ use super::log_trees::Progress;
 use super::store::{Dirty, Store};
 use crate::alloc::{self, AllocError, Mark};
 use crate::btree;
-use crate::env::probe;
+use crate::env::{mutant, probe};
 use crate::errno::Errno;
 use crate::format::{
     AllocListHead, BtreeRoot, Key, LOG_MERGE_COMPLETE_FLAG_ERROR, LOG_MERGE_COMPLETE_FLAG_REMAIN,
@@ -329,6 +329,10 @@ impl Store {
         let Some(mut status) = self.merge_status(d).await? else {
             return Ok(());
         };
+        // Mutant: breaks spec 05 section 10, requests of the dead are done by others.
+        if mutant("dead_keeps_merge_request") {
+            return Ok(());
+        }
         let first = Key::log_merge_request(rid, 0);
         let last = Key::log_merge_request(rid, u64::MAX);
         let found: Vec<(Key, LogMergeRequest)> =
@@ -458,8 +462,11 @@ impl Store {
                 probe("server.merge.remain");
                 let start = comp.start.key();
                 btree::rebalance(&self.tx, &mut d.sup.fs_root, &start).await?;
-                self.insert_range(d, comp.remain.key(), comp.end.key())
-                    .await?;
+                // Mutant: breaks spec 05 section 7, what remains is merged later.
+                if !mutant("merge_remainder_dropped") {
+                    self.insert_range(d, comp.remain.key(), comp.end.key())
+                        .await?;
+                }
             }
             items::delete(&self.tx, &mut d.sup.log_merge, key).await?;
         }
@@ -563,6 +570,10 @@ impl Store {
             let freed =
                 btree::free_blocks(&self.tx, &freeing.root, &mut at, policy.free_budget).await;
             freed.or_fatal()?;
+            // Mutant: breaks spec 05 section 9, blocks are freed once.
+            if mutant("freeing_forgets_progress") && !at.is_ones() {
+                at = freeing.key.key();
+            }
             freeing.key = at.into();
             let root = &mut d.sup.log_merge;
             if at.is_ones() {

@@ -139,7 +139,12 @@ impl Store {
             data_device_blocks: data.size() >> SM_BLOCK_SHIFT,
             cache,
             tx,
-            core_seq: Cell::new(sup.seq.get()),
+            // Mutant: breaks spec 04 section 4, seqs go on where the last server ended.
+            core_seq: Cell::new(if mutant("core_seq_restarts") {
+                0
+            } else {
+                sup.seq.get()
+            }),
             stable: RefCell::new(Rc::new(sup)),
             dirty: tokio::sync::Mutex::new(Dirty {
                 sup,
@@ -158,7 +163,9 @@ impl Store {
             merge_free: Notify::new(),
         });
         let greatest = store.greatest_item_seq(&sup.logs_root).await?;
-        store.raise_core_seq(greatest);
+        if !mutant("core_seq_restarts") {
+            store.raise_core_seq(greatest);
+        }
         Ok(store)
     }
 

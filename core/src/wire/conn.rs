@@ -15,7 +15,7 @@
 //! * a greeting is written twice (13.5): greetings are never in the queue.
 
 use super::frame::{Frame, HEADER_LEN};
-use crate::env::probe;
+use crate::env::{mutant, probe};
 use crate::errno::Errno;
 use crate::format::NetCmd;
 use bytes::Bytes;
@@ -241,6 +241,12 @@ impl Conn {
         }
         self.attached = true;
         self.written = 0;
+        // Mutant: breaks spec 08 section 4, what was not retired is sent again.
+        if mutant("reconnect_resends_nothing") && self.epoch > 1 {
+            self.written = self.queue.last_key_value().map_or(0, |(seq, _)| *seq);
+            self.unsent = 0;
+            return;
+        }
         self.unsent = self.queue.values().map(Message::size).sum();
     }
 
@@ -299,7 +305,8 @@ impl Conn {
     /// If no socket is attached: nothing is received before the greeting.
     pub fn receive(&mut self, frame: Frame) -> Received {
         assert!(self.attached, "a message before the greeting");
-        if frame.seq <= self.recv_seq {
+        // Mutant: breaks spec 08 section 4, a repeated message is dropped.
+        if frame.seq <= self.recv_seq && !mutant("repeated_message_taken") {
             probe("duplicate_message_dropped");
             return Received::Nothing;
         }

@@ -99,6 +99,9 @@ struct Disk {
     role: DeviceRole,
     rng: Stream,
     timing: Cell<Timing>,
+    slow_rng: Stream,
+    /// Chance of a slow read in thousandths, and how slow at most in nanoseconds.
+    slow_reads: Cell<(u64, u64)>,
     medium: RefCell<Medium>,
     flights: RefCell<BTreeMap<u64, Flight>>,
     next_id: Cell<u64>,
@@ -130,6 +133,8 @@ impl Disks {
                 role,
                 rng: Stream::new(sim.seed, name, 0),
                 timing: Cell::new(timing),
+                slow_rng: Stream::new(sim.seed, name, 1),
+                slow_reads: Cell::new((0, 1)),
                 medium: RefCell::new(Medium::new(size)),
                 flights: RefCell::default(),
                 next_id: Cell::new(0),
@@ -163,6 +168,13 @@ impl Disks {
             life: Rc::clone(&host.life),
             node: host.node.id,
         })
+    }
+
+    /// Makes some reads slow: a chance in thousandths, and nanoseconds at most.
+    pub fn set_slow_reads(&self, permille: u64, by: u64) {
+        for disk in [&self.meta, &self.data] {
+            disk.slow_reads.set((permille, by));
+        }
     }
 
     /// Adds a fault; it begins and ends by itself.
@@ -356,7 +368,13 @@ impl Disk {
         let timing = self.timing.get();
         let flush = if op == DiskOp::Flush { timing.flush } else { 0 };
         let sectors = len / SECTOR as u64;
-        timing.base + self.rng.below(timing.spread + 1) + flush + sectors * timing.per_sector
+        let (permille, by) = self.slow_reads.get();
+        let slow = if op == DiskOp::Read && self.slow_rng.chance(permille) {
+            self.slow_rng.below(by + 1)
+        } else {
+            0
+        };
+        slow + timing.base + self.rng.below(timing.spread + 1) + flush + sectors * timing.per_sector
     }
 
     /// When a request that would complete at `at` completes, given the stalls.

@@ -15,6 +15,7 @@ pub mod net;
 use crate::model::wall_time;
 use crate::rng::Stream;
 use crate::trace::Trace;
+use crate::world::invariants::{self, Watched};
 use madsim::task::AbortHandle;
 use outrider_core::env::{
     ActorMain, Clock, Devices, Duration, Either, Env, LocalBoxFuture, Spawner, Task, Time,
@@ -49,11 +50,18 @@ pub struct Sim {
     poll_limit: Cell<u64>,
     poll_cost: Cell<u64>,
     yield_permille: Cell<u64>,
+    /// Mounts whose invariants are looked at.
+    watched: RefCell<Vec<Watched>>,
+    /// Every task that has not ended.
+    tasks: RefCell<BTreeMap<u64, AbortHandle>>,
+    /// The task that fires the timers.
+    driver: RefCell<Option<madsim::task::JoinHandle<()>>>,
     rng: Stream,
     next_actor: Cell<u64>,
     /// The mount whose task runs now, and the last probe that each has reached.
     running: Cell<u32>,
     reached: RefCell<BTreeMap<u32, &'static str>>,
+    next_task: Cell<u64>,
 }
 
 impl Sim {
@@ -70,12 +78,17 @@ impl Sim {
             poll_limit: Cell::new(8_000_000),
             poll_cost: Cell::new(100),
             yield_permille: Cell::new(200),
+            watched: RefCell::default(),
+            tasks: RefCell::default(),
+            driver: RefCell::default(),
             rng: Stream::new(seed, "executor", 0),
             next_actor: Cell::new(0),
             running: Cell::new(0),
             reached: RefCell::default(),
+            next_task: Cell::new(0),
         });
-        madsim::task::spawn_local(run_timers(Rc::downgrade(&sim)));
+        let driver = madsim::task::spawn_local(run_timers(Rc::downgrade(&sim)));
+        *sim.driver.borrow_mut() = Some(driver);
         sim
     }
 
@@ -112,6 +125,35 @@ impl Sim {
         self.polls.get()
     }
 
+    /// Looks at a mount's invariants from now on, as long as it lives.
+    pub fn watch(&self, mount: Watched) {
+        let mut watched = self.watched.borrow_mut();
+        watched.retain(|old| old.life.is_alive() && old.mount.strong_count() > 0);
+        watched.push(mount);
+    }
+
+    /// Ends the world: drops all tasks and timers. Tasks own the channels that
+    /// own their wakers, and timers hold devices that hold the timers, so
+    /// without this a world would never give its memory back.
+    pub async fn end(&self) {
+        for abort in self.tasks.borrow().values() {
+            abort.abort();
+        }
+        // An aborted task is dropped when the executor next picks it.
+        while !self.tasks.borrow().is_empty() {
+            madsim::task::yield_now().await;
+        }
+        self.watched.take();
+        let driver = self.driver.take();
+        if let Some(driver) = driver {
+            driver.abort();
+            let _ = driver.await;
+        }
+        let timers = self.timers.take();
+        // Outside of the borrow: a timer may own a sleep, which looks for its own.
+        drop(timers);
+    }
+
     fn add(&self, at: u64, action: Action) -> (u64, u64) {
         let id = self.next_timer.get();
         self.next_timer.set(id + 1);
@@ -144,12 +186,6 @@ impl Sim {
         self.sleep_until(self.now() + nanos)
     }
 
-    /// The world is over: forgets what was to happen. Timers hold the tasks that
-    /// wait for them, and tasks hold the world.
-    pub fn end(&self) {
-        drop(self.timers.take());
-    }
-
     fn fire_due(&self) {
         loop {
             let due = {
@@ -174,6 +210,11 @@ impl Sim {
             "livelock: {polls} polls by {} ns of simulated time",
             self.now()
         );
+        if polls.is_multiple_of(invariants::EVERY)
+            && let Some(text) = invariants::broken(&self.watched.borrow())
+        {
+            panic!("{}{text}", invariants::BROKEN);
+        }
         self.time
             .advance(Duration::from_nanos(self.poll_cost.get() * SCALE));
     }
@@ -240,7 +281,6 @@ pub struct Life {
     alive: Cell<bool>,
     tasks: RefCell<BTreeMap<u64, AbortHandle>>,
     children: RefCell<Vec<Weak<Life>>>,
-    next_task: Cell<u64>,
     name: RefCell<String>,
     seat: Cell<u32>,
     rid: Cell<u64>,
@@ -255,7 +295,6 @@ impl Life {
             alive: Cell::new(true),
             tasks: RefCell::default(),
             children: RefCell::default(),
-            next_task: Cell::new(0),
             name: RefCell::default(),
             seat: Cell::new(0),
             rid: Cell::new(0),
@@ -387,6 +426,7 @@ impl Drop for Guarded {
         self.future = None;
         self.aborted.set(true);
         self.life.tasks.borrow_mut().remove(&self.id);
+        self.sim.tasks.borrow_mut().remove(&self.id);
     }
 }
 
@@ -407,8 +447,8 @@ impl Task for SimTask {
 
 /// Starts a task that belongs to `life`.
 pub fn spawn(sim: &Rc<Sim>, life: &Rc<Life>, future: LocalBoxFuture<'static, ()>) -> Rc<dyn Task> {
-    let id = life.next_task.get();
-    life.next_task.set(id + 1);
+    let id = sim.next_task.get();
+    sim.next_task.set(id + 1);
     let ended = Rc::new(Cell::new(false));
     let guarded = Guarded {
         sim: Rc::clone(sim),
@@ -418,6 +458,7 @@ pub fn spawn(sim: &Rc<Sim>, life: &Rc<Life>, future: LocalBoxFuture<'static, ()>
         future: Some(future),
     };
     let abort = madsim::task::spawn_local(guarded).abort_handle();
+    sim.tasks.borrow_mut().insert(id, abort.clone());
     life.tasks.borrow_mut().insert(id, abort.clone());
     Rc::new(SimTask { abort, ended })
 }
@@ -587,6 +628,8 @@ impl Spawner for SimSpawner {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use outrider_core::env::{DeviceRole, conformance, conformance_net};
+    use std::net::SocketAddrV4;
 
     /// Runs a world made of `f` on a fresh thread, as the executor demands.
     pub fn simulate<F, T>(seed: u64, f: F) -> T
@@ -611,6 +654,24 @@ pub(crate) mod tests {
             })
         })
         .expect("the world must not panic")
+    }
+
+    #[test]
+    fn simulated_devices_and_networks_keep_their_contracts() {
+        for seed in 0..8 {
+            simulate(seed, async |host: Host| {
+                let disks = disk::Disks::new(&host.sim, 8 << 20, 8 << 20, disk::Timing::default());
+                let host = Host { disks, ..host };
+                let env = host.env("conformance");
+                for role in [DeviceRole::Meta, DeviceRole::Data] {
+                    let device = host.disks.open(&host, role);
+                    conformance::check_device(device, &*env.entropy).await;
+                }
+                let ip = host.node.ip;
+                let addr = |number| SocketAddrV4::new(ip, 5000 + number);
+                conformance_net::check_network(&env, addr).await;
+            });
+        }
     }
 
     #[test]

@@ -49,6 +49,9 @@ struct ReplayArgs {
     /// The profile of the seed, if not its own.
     #[arg(long, value_parser = parse_profile)]
     profile: Option<Profile>,
+    /// Leave out what is drawn to be tiny, slow or frequent.
+    #[arg(long)]
+    calm: bool,
     /// Switch a planted bug on.
     #[arg(long)]
     mutant: Option<String>,
@@ -117,6 +120,15 @@ fn load(file: &Path) -> Result<Plan, String> {
     serde_json::from_str(&text).map_err(|e| format!("{}: {e}", file.display()))
 }
 
+/// The plan of a seed, `calm` without what is drawn to be tiny, slow or frequent.
+fn draw(seed: u64, profile: Option<Profile>, calm: bool) -> Plan {
+    if calm {
+        Plan::calm(seed, profile)
+    } else {
+        Plan::from_seed(seed, profile)
+    }
+}
+
 fn save(plan: &Plan, file: &Path) -> Result<(), String> {
     let text = serde_json::to_string(plan).map_err(|e| e.to_string())?;
     std::fs::write(file, text + "\n").map_err(|e| format!("{}: {e}", file.display()))
@@ -124,7 +136,7 @@ fn save(plan: &Plan, file: &Path) -> Result<(), String> {
 
 fn replay(args: &ReplayArgs) -> Result<bool, String> {
     let plan = match args.what.parse::<u64>() {
-        Ok(seed) => Plan::from_seed(seed, args.profile),
+        Ok(seed) => draw(seed, args.profile, args.calm),
         Err(_) => load(Path::new(&args.what))?,
     };
     if let Some(file) = &args.save {

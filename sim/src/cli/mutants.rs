@@ -1,167 +1,375 @@
-//! Planted bugs: which exist, and how long a sweep needs to find each.
+//! Planted bugs: which exist, how long a sweep needs to find each, and the page
+//! of figures (`docs/mutants.md`).
+//!
+//! What can go wrong: a bug counted as found by a seed that fails anyway. A seed
+//! counts only if the same seed passes without the bug.
 
 use super::sweep::{Hunt, all_processors, hunt};
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 
-/// Name and what it breaks, with the row of spec 18 or the section it is about.
-const MUTANTS: [(&str, &str); 19] = [
-    (
-        "freed_block_reused",
-        "a block freed in a transaction is reused in the same one (03 s9)",
-    ),
-    (
-        "join_wrong_parent_key",
-        "a join leaves the parent's key of before (02 s22)",
-    ),
-    (
-        "super_before_flush",
-        "the super is written before its blocks are flushed (04 s6, 18 A18)",
-    ),
-    (
-        "commit_not_durable_reply",
-        "a commit is answered before the super is written (18 A18)",
-    ),
-    (
-        "reclaim_skips_avail",
-        "reclaim of a dead mount loses its free blocks (18 A32)",
-    ),
-    (
-        "read_barrier_skipped",
-        "a read-in may overtake a commit (18 B2)",
-    ),
-    (
-        "stale_keeps_items",
-        "a retry after stale blocks keeps items of the old roots (18 B16)",
-    ),
-    (
-        "deletion_item_dropped",
-        "a deletion item is dropped while older versions exist (18 A39)",
-    ),
-    (
-        "commit_retries_deltas",
-        "a retried commit applies its items again (04 H1)",
-    ),
-    (
-        "data_not_flushed",
-        "a commit does not flush the data device (14 s20)",
-    ),
-    (
-        "orphan_deleted_twice",
-        "two tasks delete one inode (18 A38)",
-    ),
-    (
-        "orphan_item_missing",
-        "the last unlink leaves no orphan item (12 s7)",
-    ),
-    (
-        "readdir_pos_reused",
-        "directory positions are reused (12 s8)",
-    ),
-    (
-        "truncate_flag_not_persisted",
-        "an interrupted truncate is not finished (14 s11)",
-    ),
-    (
-        "tail_not_zeroed",
-        "truncate leaves old bytes behind the new end (18 A29)",
-    ),
-    (
-        "invalidate_before_commit",
-        "a lock is given back before the commit (10 s15)",
-    ),
-    (
-        "kernel_cache_not_invalidated",
-        "the kernel is not told to forget (12 s25)",
-    ),
-    (
-        "farewell_before_commit",
-        "an unmount says farewell before its last commit (08 s11)",
-    ),
-    (
-        "fsync_answers_early",
-        "fsync answers when the commit has only begun (04 I16)",
-    ),
+/// How many nodes a world needs to show a bug.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Nodes {
+    One,
+    Many,
+}
+use Nodes::{Many, One};
+
+/// A planted bug.
+struct Mutant {
+    name: &'static str,
+    /// Class of spec 18 section 4.
+    class: u8,
+    nodes: Nodes,
+    /// What it breaks, with the row of spec 18 or the section it is about.
+    what: &'static str,
+}
+
+const fn m(name: &'static str, class: u8, nodes: Nodes, what: &'static str) -> Mutant {
+    Mutant {
+        name,
+        class,
+        nodes,
+        what,
+    }
+}
+
+#[rustfmt::skip]
+const MUTANTS: [Mutant; 45] = [
+    m("super_before_flush", 1, One, "the super is written before its blocks are flushed (04 s6, 18 A18)"),
+    m("commit_not_durable_reply", 1, One, "a commit is answered before the super is written (18 A18)"),
+    m("commit_retries_deltas", 1, One, "a retried commit applies its items again (04 H1)"),
+    m("fsync_answers_early", 1, One, "fsync answers when the commit has only begun (04 I16)"),
+    m("repeated_message_taken", 1, One, "a message sent again after a reconnect is taken twice (08 s4, 18 A13)"),
+    m("reconnect_resends_nothing", 1, One, "what a broken connection swallowed is not sent again (08 s4, 18 B19)"),
+    m("invalidate_before_commit", 2, One, "a lock is given back before the commit (10 s15)"),
+    m("kernel_cache_not_invalidated", 2, Many, "the kernel is not told to forget (12 s25)"),
+    m("early_grant_applied", 2, Many, "a grant that overtakes the end of a revocation is taken at once (10 s8)"),
+    m("recovery_tells_new_mode", 2, Many, "a recovering server is told the mode of after the invalidation that still runs (18 A34)"),
+    m("write_after_a_pause_unchecked", 3, Many, "who was paused writes without a look at the volume (18 B18)"),
+    m("fence_recorded_late", 3, Many, "a server serves before FENCE is in its quorum block (09 s6)"),
+    m("stop_hides_predecessor", 3, Many, "STOP is recorded though an earlier leader is not fenced (09 s9)"),
+    m("leader_fence_not_awaited", 3, Many, "a server starts before the earlier leader is fenced (18 C9)"),
+    m("stale_leader_starts", 4, Many, "a server is started for a term that is over (09 s5)"),
+    m("votes_twice", 4, Many, "a quorum member votes twice in one term (18 B18)"),
+    m("freed_block_reused", 5, One, "a block freed in a transaction is reused in the same one (03 s9)"),
+    m("reclaim_skips_avail", 5, One, "reclaim of a dead mount loses its free blocks (18 A32)"),
+    m("data_not_flushed", 5, One, "a commit does not flush the data device (14 s20)"),
+    m("truncate_flag_not_persisted", 5, One, "an interrupted truncate is not finished (14 s11)"),
+    m("tail_not_zeroed", 5, One, "truncate leaves old bytes behind the new end (18 A29)"),
+    m("freeing_forgets_progress", 5, One, "blocks of a merged tree are freed again in the next commit (05 s9)"),
+    m("finalized_too_early", 5, One, "a log tree is finalized while it owns free extents (18 A32)"),
+    m("freed_list_not_rotated", 6, One, "a nearly full freed list gets no new first block (18 A1, A12)"),
+    m("hold_ignores_room", 6, One, "holders enter a transaction that has no room for them (18 A35)"),
+    m("read_barrier_skipped", 7, One, "a read-in may overtake a commit (18 B2)"),
+    m("stale_keeps_items", 7, One, "a retry after stale blocks keeps items of the old roots (18 B16)"),
+    m("stale_block_believed", 7, One, "a block that was reused is taken for the old one (18 B16)"),
+    m("deletion_item_dropped", 8, One, "a deletion item is dropped while older versions exist (18 A39)"),
+    m("core_seq_restarts", 8, One, "seqs of a new server start before those of the last one (18 B20)"),
+    m("first_tree_wins", 8, One, "readers take the version of the first tree, not the newest (18 A39)"),
+    m("merge_keeps_first", 8, One, "a merge takes the version of its first input, not the newest (18 B14, B15)"),
+    m("old_index_item_kept", 9, One, "an inode has two meta_seq items (18 A28)"),
+    m("merge_remainder_dropped", 9, One, "what a bounded merge left over is never merged (18 A6)"),
+    m("dead_keeps_merge_request", 10, One, "merge requests of dead mounts are never done (18 A10)"),
+    m("orphan_deleted_twice", 11, One, "two tasks delete one inode (18 A38)"),
+    m("orphan_item_missing", 11, One, "the last unlink leaves no orphan item (12 s7)"),
+    m("open_inode_deleted", 11, One, "an unlinked inode is deleted while it is open (18 A38)"),
+    m("farewell_before_commit", 12, One, "an unmount says farewell before its last commit (08 s11)"),
+    m("stop_leaves_waiters", 12, One, "a severed mount leaves tasks waiting for locks (18 A4, C7)"),
+    m("join_wrong_parent_key", 13, One, "a join leaves the parent's key of before (02 s22)"),
+    m("readdir_pos_reused", 13, One, "directory positions are reused (12 s8)"),
+    m("revoked_asks_for_nobody", 13, One, "who came to a lock during its revocation waits for ever (18 A19)"),
+    m("flush_error_ignored", 14, One, "a commit goes on after a failed flush (04 s14)"),
+    m("write_error_ignored", 14, One, "file data that could not be written counts as written (14 s20)"),
 ];
+
+/// Seeds of one start begin here times the start's number.
+const START_STRIDE: u64 = 100_000;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The bug to hunt for; all unless given.
+    /// The bug to hunt for.
     name: Option<String>,
     /// Only list them.
     #[arg(long)]
     list: bool,
+    /// Hunt for all of them, as without a name.
+    #[arg(long, conflicts_with = "name")]
+    all: bool,
     /// Give up after this many seeds.
     #[arg(long, default_value_t = 500)]
     seeds: u64,
-    /// Give up after this many seconds for each.
+    /// Give up after this many seconds for each start of each bug.
     #[arg(long, default_value_t = 120)]
     time_budget: u64,
+    /// Begin no other hunt after this many seconds; a later run goes on from there.
+    #[arg(long)]
+    total_budget: Option<u64>,
+    /// Hunt from this many first seeds and take the median.
+    #[arg(long, default_value_t = 1)]
+    starts: u64,
+    /// Worlds at a time; the number of processors unless given.
+    #[arg(long)]
+    jobs: Option<usize>,
+    /// Write the page of figures (five starts unless told otherwise). Hunts that
+    /// the state file has are not repeated.
+    #[arg(long)]
+    write: bool,
+    /// The page.
+    #[arg(long, default_value = "docs/mutants.md")]
+    page: PathBuf,
+    /// What earlier runs found, for --write.
+    #[arg(long, default_value = "target/mutants.json")]
+    state: PathBuf,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
 
+/// What one hunt came to.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Hunted {
+    /// The seed that found it.
+    seed: Option<u64>,
+    /// Seeds until then, or all that were run.
+    seeds: u64,
+    /// Wall clock seconds.
+    seconds: f64,
+    /// Which oracle saw it.
+    kind: String,
+}
+
+/// Hunts by bug and start.
+type Results = BTreeMap<String, BTreeMap<u64, Hunted>>;
+
 /// The static name of a planted bug.
 pub fn find(name: &str) -> Result<&'static str, String> {
-    let found = MUTANTS.iter().find(|(known, _)| *known == name);
+    let found = MUTANTS.iter().find(|known| known.name == name);
     found
-        .map(|(name, _)| *name)
+        .map(|mutant| mutant.name)
         .ok_or_else(|| format!("no planted bug is named {name}: see `mutants --list`"))
 }
 
+fn hunt_one(args: &Args, name: &'static str, start: u64) -> Hunted {
+    let from = start * START_STRIDE;
+    let found = hunt(
+        &Hunt {
+            from,
+            seeds: args.seeds,
+            jobs: args.jobs.unwrap_or_else(all_processors).max(1),
+            budget: Some(args.time_budget),
+            profile: None,
+            calm: false,
+            reference: false,
+            mutant: Some(name),
+            stop_at_first: true,
+            quiet: true,
+        },
+        &ProgressBar::hidden(),
+    );
+    let first = found.outcomes.values().find(|o| o.failure.is_some());
+    let failure = first.and_then(|outcome| outcome.failure.as_ref());
+    Hunted {
+        seed: first.map(|outcome| outcome.seed),
+        seeds: first.map_or(found.outcomes.len() as u64, |o| o.seed - from + 1),
+        seconds: found.seconds,
+        kind: failure.map_or(String::new(), |failure| failure.kind.to_owned()),
+    }
+}
+
 /// Runs the command.
+#[allow(clippy::disallowed_types, clippy::disallowed_methods)] // how long the hunts take, outside any world
 pub fn run(args: &Args) -> Result<bool, String> {
     if args.list {
-        for (name, what) in MUTANTS {
-            println!("{name:30} {what}");
+        for mutant in &MUTANTS {
+            let nodes = if mutant.nodes == Many {
+                " (many nodes)"
+            } else {
+                ""
+            };
+            println!(
+                "{:30} class {:2}  {}{nodes}",
+                mutant.name, mutant.class, mutant.what
+            );
         }
         return Ok(true);
     }
     let chosen = match &args.name {
         Some(name) => vec![find(name)?],
-        None => MUTANTS.iter().map(|(name, _)| *name).collect(),
+        None => MUTANTS.iter().map(|mutant| mutant.name).collect(),
     };
-    let mut all_found = true;
-    let mut results = Vec::new();
-    for name in chosen {
-        let found = hunt(
-            &Hunt {
-                from: 0,
-                seeds: args.seeds,
-                jobs: all_processors(),
-                budget: Some(args.time_budget),
-                profile: None,
-                reference: false,
-                mutant: Some(name),
-                stop_at_first: true,
-                quiet: true,
-            },
-            &ProgressBar::hidden(),
-        );
-        let first = found.outcomes.values().find(|o| o.failure.is_some());
-        all_found &= first.is_some();
-        let (seeds, seconds) = (found.outcomes.len(), found.seconds);
-        let how = first.and_then(|outcome| outcome.failure.as_ref());
-        results.push(serde_json::json!({
-            "mutant": name,
-            "found": first.is_some(),
-            "seed": first.map(|outcome| outcome.seed),
-            "kind": how.map(|failure| failure.kind),
-            "seeds": seeds,
-            "seconds": seconds,
-        }));
-        if !args.json {
-            let verdict = match (first, how) {
-                (Some(outcome), Some(failure)) => {
-                    format!("found by seed {} ({})", outcome.seed, failure.kind)
-                }
-                _ => "NOT FOUND".to_owned(),
-            };
-            println!("{name:30} {verdict}, {seeds} seeds, {seconds:.1} s");
+    let starts = if args.write {
+        args.starts.max(5)
+    } else {
+        args.starts.max(1)
+    };
+    let mut results = if args.write {
+        load(&args.state)?
+    } else {
+        Results::new()
+    };
+    let bar = progress(args, chosen.len() as u64 * starts)?;
+    let begun = std::time::Instant::now();
+    let mut complete = true;
+    for name in &chosen {
+        for start in 0..starts {
+            bar.set_message(*name);
+            if results
+                .get(*name)
+                .is_some_and(|hunts| hunts.contains_key(&start))
+            {
+                bar.inc(1);
+                continue;
+            }
+            if args
+                .total_budget
+                .is_some_and(|s| begun.elapsed().as_secs() >= s)
+            {
+                complete = false;
+                break;
+            }
+            let hunted = hunt_one(args, name, start);
+            if !args.json {
+                bar.suspend(|| println!("{}", line(name, start, &hunted)));
+            }
+            results
+                .entry((*name).to_owned())
+                .or_default()
+                .insert(start, hunted);
+            if args.write {
+                save(&args.state, &results)?;
+            }
+            bar.inc(1);
         }
     }
-    if args.json {
-        println!("{}", serde_json::Value::Array(results));
+    bar.finish_and_clear();
+    if args.write {
+        let text = page(&results, args);
+        std::fs::write(&args.page, text).map_err(|e| format!("{}: {e}", args.page.display()))?;
     }
-    Ok(all_found)
+    if args.json {
+        let text = serde_json::to_string(&results).map_err(|e| e.to_string())?;
+        println!("{text}");
+    }
+    let found = |name: &&&str| {
+        let hunts = results.get(**name);
+        hunts.is_some_and(|hunts| hunts.values().any(|hunted| hunted.seed.is_some()))
+    };
+    Ok(complete && chosen.iter().filter(found).count() == chosen.len())
+}
+
+fn progress(args: &Args, hunts: u64) -> Result<ProgressBar, String> {
+    if args.json {
+        return Ok(ProgressBar::hidden());
+    }
+    let bar = ProgressBar::new(hunts);
+    let style = "{elapsed_precise} {wide_bar} {pos}/{len} hunts, {msg}";
+    bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
+    Ok(bar)
+}
+
+fn line(name: &str, start: u64, hunted: &Hunted) -> String {
+    let verdict = match hunted.seed {
+        Some(seed) => format!("found by seed {seed} ({})", hunted.kind),
+        None => "NOT FOUND".to_owned(),
+    };
+    format!(
+        "{name:30} start {start}: {verdict}, {} seeds, {:.1} s",
+        hunted.seeds, hunted.seconds
+    )
+}
+
+fn load(file: &Path) -> Result<Results, String> {
+    match std::fs::read_to_string(file) {
+        Ok(text) => serde_json::from_str(&text).map_err(|e| format!("{}: {e}", file.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Results::new()),
+        Err(error) => Err(format!("{}: {error}", file.display())),
+    }
+}
+
+fn save(file: &Path, results: &Results) -> Result<(), String> {
+    let text = serde_json::to_string_pretty(results).map_err(|e| e.to_string())?;
+    std::fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+/// The middle of the starts; `None` if less than half of them found it.
+fn median(mut found: Vec<f64>, starts: usize) -> Option<f64> {
+    found.sort_by(f64::total_cmp);
+    found.get(starts.saturating_sub(1) / 2).copied()
+}
+
+fn page(results: &Results, args: &Args) -> String {
+    let mut text = format!(
+        "# Planted bugs\n\n\
+         Written by `outrider-sim mutants --all --write`. Each bug is compiled into the simulator\n\
+         only, and switched on for a sweep of up to {} seeds (at most {} s) from each of several\n\
+         first seeds. A seed counts if it fails with the bug and passes without it. Figures are\n\
+         medians over the starts; classes are those of spec 18 section 4. Replay one with\n\
+         `outrider-sim replay SEED --mutant NAME --log`.\n\n\
+         | class | bug | what it breaks | found | seeds | seconds | seen by | a seed |\n\
+         |---|---|---|---|---|---|---|---|\n",
+        args.seeds, args.time_budget
+    );
+    for mutant in &MUTANTS {
+        let none = BTreeMap::new();
+        let hunts = results.get(mutant.name).unwrap_or(&none);
+        let found: Vec<&Hunted> = hunts.values().filter(|h| h.seed.is_some()).collect();
+        let number = |of: fn(&Hunted) -> f64, digits: usize| {
+            median(found.iter().map(|h| of(h)).collect(), hunts.len())
+                .map_or("-".to_owned(), |value| format!("{value:.digits$}"))
+        };
+        let mut kinds: Vec<&str> = found.iter().map(|h| h.kind.as_str()).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        let seed = found.first().and_then(|h| h.seed);
+        let nodes = if mutant.nodes == Many {
+            " Needs many nodes."
+        } else {
+            ""
+        };
+        let _ = writeln!(
+            text,
+            "| {} | `{}` | {}.{nodes} | {} of {} | {} | {} | {} | {} |",
+            mutant.class,
+            mutant.name,
+            mutant.what,
+            found.len(),
+            hunts.len(),
+            number(|h| h.seeds as f64, 0),
+            number(|h| h.seconds, 1),
+            kinds.join(", "),
+            seed.map_or(String::new(), |seed| seed.to_string()),
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bug_found_by_less_than_half_of_the_starts_has_no_median() {
+        assert_eq!(median(vec![9.0, 1.0, 5.0], 5), Some(9.0));
+        assert_eq!(median(vec![9.0, 1.0], 5), None);
+        assert_eq!(median(vec![3.0], 1), Some(3.0));
+        assert_eq!(median(Vec::new(), 0), None);
+    }
+
+    #[test]
+    fn names_are_unique_and_classes_are_the_specs() {
+        let mut names: Vec<&str> = MUTANTS.iter().map(|mutant| mutant.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), MUTANTS.len());
+        assert!(
+            MUTANTS
+                .iter()
+                .all(|mutant| (1..=15).contains(&mutant.class))
+        );
+    }
 }

@@ -1,8 +1,8 @@
 //! Many seeds on several threads.
 
-use super::{parse_profile, run_plan, save};
+use super::{draw, parse_profile, run_plan, save};
 use indicatif::{ProgressBar, ProgressStyle};
-use outrider_sim::plan::{Plan, Profile};
+use outrider_sim::plan::Profile;
 use outrider_sim::world::{Outcome, cluster::steps};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,9 @@ pub struct Args {
     /// One kind of trouble for all seeds.
     #[arg(long, value_parser = parse_profile)]
     profile: Option<Profile>,
+    /// Leave out what is drawn to be tiny, slow or frequent.
+    #[arg(long)]
+    calm: bool,
     /// Run a filesystem in memory that is right by construction: tests the judge.
     #[arg(long)]
     reference: bool,
@@ -60,6 +63,8 @@ pub struct Hunt {
     pub budget: Option<u64>,
     /// Profile of all seeds.
     pub profile: Option<Profile>,
+    /// Without what is drawn to be tiny, slow or frequent.
+    pub calm: bool,
     /// The reference instead of Outrider.
     pub reference: bool,
     /// Planted bug.
@@ -87,7 +92,7 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
                         return;
                     }
                     let seed = hunt.from + index;
-                    let plan = Plan::from_seed(seed, hunt.profile);
+                    let plan = draw(seed, hunt.profile, hunt.calm);
                     let mut outcome = run_plan(&plan, hunt.reference, hunt.mutant, false);
                     // A seed that fails without the planted bug proves nothing about it.
                     if hunt.mutant.is_some()
@@ -103,7 +108,9 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
                             stop.store(true, Ordering::Relaxed);
                         }
                         if !hunt.quiet {
-                            bar.suspend(|| eprintln!("{}", report(&outcome, hunt.profile)));
+                            bar.suspend(|| {
+                                eprintln!("{}", report(&outcome, hunt.profile, hunt.calm))
+                            });
                         }
                     }
                     outcomes
@@ -121,7 +128,7 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
     }
 }
 
-fn report(outcome: &Outcome, profile: Option<Profile>) -> String {
+fn report(outcome: &Outcome, profile: Option<Profile>, calm: bool) -> String {
     let Some(failure) = &outcome.failure else {
         return String::new();
     };
@@ -135,15 +142,16 @@ fn report(outcome: &Outcome, profile: Option<Profile>) -> String {
         "seed {} FAILED ({}): {text}\n  {}",
         outcome.seed,
         failure.kind,
-        command(outcome.seed, profile)
+        command(outcome.seed, profile, calm)
     )
 }
 
-fn command(seed: u64, profile: Option<Profile>) -> String {
+fn command(seed: u64, profile: Option<Profile>, calm: bool) -> String {
     let profile = profile
         .map(|profile| format!(" --profile {}", format!("{profile:?}").to_lowercase()))
         .unwrap_or_default();
-    format!("replay with: outrider-sim replay {seed}{profile} --log")
+    let calm = if calm { " --calm" } else { "" };
+    format!("replay with: outrider-sim replay {seed}{profile}{calm} --log")
 }
 
 /// All processors.
@@ -167,6 +175,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
             jobs: args.jobs.unwrap_or_else(all_processors).max(1),
             budget: args.time_budget,
             profile: args.profile,
+            calm: args.calm,
             reference: args.reference,
             mutant: None,
             stop_at_first: false,
@@ -176,7 +185,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
     );
     bar.finish_and_clear();
     if let Some(dir) = &args.save {
-        save_failing(&found, args.profile, dir)?;
+        save_failing(&found, args.profile, args.calm, dir)?;
     }
     if args.hashes {
         for (seed, outcome) in &found.outcomes {
@@ -199,11 +208,16 @@ pub fn run(args: &Args) -> Result<bool, String> {
     Ok(failed.is_empty())
 }
 
-fn save_failing(found: &Found, profile: Option<Profile>, dir: &Path) -> Result<(), String> {
+fn save_failing(
+    found: &Found,
+    profile: Option<Profile>,
+    calm: bool,
+    dir: &Path,
+) -> Result<(), String> {
     for outcome in found.outcomes.values() {
         if let Some(failure) = &outcome.failure {
             let file = dir.join(format!("{}-{}.json", failure.kind, outcome.seed));
-            save(&Plan::from_seed(outcome.seed, profile), &file)?;
+            save(&draw(outcome.seed, profile, calm), &file)?;
         }
     }
     Ok(())
@@ -253,7 +267,7 @@ fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
         println!(
             "seed {} {}",
             outcome.seed,
-            command(outcome.seed, args.profile)
+            command(outcome.seed, args.profile, args.calm)
         );
     }
 }

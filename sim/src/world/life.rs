@@ -127,6 +127,24 @@ impl Fate {
         }
     }
 
+    /// Lets the end of this life come at the n-th write or flush from now.
+    pub(super) fn doom(self: &Rc<Self>, requests: u64) {
+        if self.action.borrow().is_some() {
+            let weak = Rc::downgrade(self);
+            let strike = move || {
+                if let Some(fate) = weak.upgrade() {
+                    fate.strike();
+                }
+            };
+            if self.shared {
+                let node = self.host.node.id;
+                self.host.disks.set_trap_of(node, requests, strike);
+            } else {
+                self.host.disks.set_trap(requests, strike);
+            }
+        }
+    }
+
     /// A call begins.
     pub(super) fn count_call(&self) {
         if let Some(left) = self.countdown.get() {
@@ -259,20 +277,7 @@ pub(super) fn arm(fate: &Rc<Fate>, end: End, now: u64) {
                 }
             });
         }
-        When::Request(nth) => {
-            let weak = Rc::downgrade(fate);
-            let strike = move || {
-                if let Some(fate) = weak.upgrade() {
-                    fate.strike();
-                }
-            };
-            if fate.shared {
-                let node = fate.host.node.id;
-                fate.host.disks.set_trap_of(node, nth, strike);
-            } else {
-                fate.host.disks.set_trap(nth, strike);
-            }
-        }
+        When::Request(nth) => fate.doom(nth),
         When::Operations(count) => fate.countdown.set(Some(count)),
     }
 }

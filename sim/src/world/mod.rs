@@ -9,6 +9,7 @@
 
 mod audit;
 pub mod cluster;
+pub mod invariants;
 mod life;
 pub mod node;
 mod workload;
@@ -176,7 +177,11 @@ pub fn run<S: System>(plan: &Plan, options: Options) -> Outcome {
     result.unwrap_or_else(|panic| Outcome {
         seed,
         failure: Some(Violation {
-            kind: "panic",
+            kind: if panic.starts_with(invariants::BROKEN) {
+                "invariant"
+            } else {
+                "panic"
+            },
             text: panic,
         }),
         ..Outcome::default()
@@ -252,6 +257,7 @@ async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
     };
     let net = SimNet::new(&sim, Links::default());
     let disks = Disks::new(&sim, config.meta_size, config.data_size, timing);
+    disks.set_slow_reads(u64::from(config.stress.slow_reads), config.stress.slow_by);
     let host = Host {
         sim: Rc::clone(&sim),
         node: Rc::clone(&node),
@@ -302,10 +308,10 @@ async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
     outcome.image_hash = disks.hash();
     outcome.polls = sim.polls();
     outcome.nanos = sim.now();
-    disks.end();
-    sim.end();
     set_probe_sink(None);
     outcome.probes = probes.take();
+    sim.end().await;
+    disks.end();
     outcome
 }
 

@@ -1,5 +1,6 @@
 //! Outrider itself as the system under test: `node::Mount` in a cluster of one.
 
+use super::invariants::Watched;
 use super::{MountError, System};
 use crate::backend::{Host, Node};
 use crate::plan::Plan;
@@ -117,6 +118,7 @@ fn config(host: &Host, plan: &Plan) -> NodeConfig {
         config.fs.inodes_per_lock = 3;
         config.fs.data.prealloc_contig_only = false;
     }
+    plan.config.stress.apply(&mut config);
     config
 }
 
@@ -167,6 +169,10 @@ impl System for Outrider {
         host.life.set_rid(rid);
         let mount = Mount::start(&env, rid, config(host, plan), cache, &Gate::default()).await;
         let mount = mount.map_err(|error| MountError(error.to_string()))?;
+        host.sim.watch(Watched {
+            mount: Rc::downgrade(&mount),
+            life: Rc::clone(&host.life),
+        });
         Ok(Rc::new(Self { mount, _env: env }))
     }
 
@@ -221,7 +227,10 @@ impl System for Outrider {
         let env = host.env("check");
         let open = |role| env.devices.open(role).map_err(|error| error.to_string());
         let (meta, data) = (open(DeviceRole::Meta)?, open(DeviceRole::Data)?);
-        let options = CheckOptions::default();
+        let options = CheckOptions {
+            strict: true,
+            ..CheckOptions::default()
+        };
         let report = check(meta, data, &options).await;
         if report.errors == 0 {
             return Ok(());

@@ -138,7 +138,7 @@ impl Desk {
             next: Cell::new(0),
             tolerance: Tolerance {
                 io: errors,
-                space: world.plan.config.profile == Profile::Full,
+                space: world.plan.config.profile == Profile::Full || world.plan.config.stress.tight,
                 link: false,
             },
             tags: Rc::clone(&world.tags),
@@ -605,6 +605,7 @@ impl<P: Posix> Scene<P> {
                 self.call(Call::Fiemap { ino: file }, None).await;
             }
             PlanOp::Pause { micros } => self.desk.sim.sleep(u64::from(micros) * 1000).await,
+            PlanOp::Doom { requests } => self.desk.fate.doom(u64::from(requests)),
         }
     }
 

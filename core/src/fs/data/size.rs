@@ -33,6 +33,7 @@ impl Fs {
             return Err(Errno::EPERM.into());
         }
         if inode.flags & INODE_FLAG_TRUNCATE != 0 {
+            probe("data.truncate_finished_later");
             self.finish_truncate(locked, inode).await?;
         }
         if size > 0 && size != inode.size {

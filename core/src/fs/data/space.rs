@@ -58,6 +58,7 @@ impl Fs {
             return Err(Errno::EPERM.into());
         }
         if inode.flags & INODE_FLAG_TRUNCATE != 0 {
+            probe("data.truncate_finished_later");
             self.finish_truncate(&locked, &mut inode).await?;
         }
         if mode & KEEP_SIZE == 0 && end > inode.size {

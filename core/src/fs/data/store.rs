@@ -9,7 +9,8 @@ use super::super::table::InodeState;
 use super::pages::Batch;
 use super::{BLOCK, Policy};
 use crate::env::{
-    AlignedBuf, BlockDevice, DeviceError, Env, IoBuf, LocalBoxFuture, Signal, WriteFlags, probe,
+    AlignedBuf, BlockDevice, DeviceError, Env, IoBuf, LocalBoxFuture, Signal, WriteFlags, mutant,
+    probe,
 };
 use crate::log::DirtyData;
 use std::cell::{Cell, RefCell};
@@ -156,6 +157,12 @@ impl DataStore {
         let store = self.clone();
         self.spawn("data_write", async move {
             let result = request.await;
+            // Mutant: breaks spec 14 section 20, what was not written stays dirty.
+            let result = if mutant("write_error_ignored") {
+                Ok(())
+            } else {
+                result
+            };
             state.data.written(&batch, result.is_ok());
             shared.in_flight.set(shared.in_flight.get() - 1);
             shared

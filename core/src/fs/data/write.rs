@@ -125,6 +125,7 @@ impl Fs {
             return Err(Errno::EPERM.into());
         }
         if inode.flags & INODE_FLAG_TRUNCATE != 0 {
+            probe("data.truncate_finished_later");
             self.finish_truncate(locked, &mut inode).await?;
         }
         self.require_online(locked, &inode, inode.size).await?;
