@@ -452,9 +452,10 @@ impl Plan {
         )
     }
 
-    /// Draws the plan of a seed; the profile follows from the seed unless given.
-    pub fn from_seed(seed: u64, profile: Option<Profile>) -> Plan {
-        let mut plan = Self::calm(seed, profile);
+    /// The plan of a seed with what [`Plan::from_seed`] draws and, in half of the
+    /// seeds, with sizes drawn tiny, slow reads and bursts.
+    pub fn stressed(seed: u64, profile: Option<Profile>) -> Plan {
+        let mut plan = Self::from_seed(seed, profile);
         if plan.cluster.is_some() {
             return plan;
         }
@@ -464,8 +465,8 @@ impl Plan {
         plan
     }
 
-    /// The plan of a seed without what is drawn to be tiny, slow or frequent.
-    pub fn calm(seed: u64, profile: Option<Profile>) -> Plan {
+    /// Draws the plan of a seed; the profile follows from the seed unless given.
+    pub fn from_seed(seed: u64, profile: Option<Profile>) -> Plan {
         let rng = Stream::new(seed, "plan", 0);
         let drawn = PROFILES[rng.weighted(&[8, 3, 3, 3, 1, 2])];
         let profile = profile.unwrap_or(drawn);

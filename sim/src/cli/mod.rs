@@ -49,9 +49,9 @@ struct ReplayArgs {
     /// The profile of the seed, if not its own.
     #[arg(long, value_parser = parse_profile)]
     profile: Option<Profile>,
-    /// Leave out what is drawn to be tiny, slow or frequent.
+    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
     #[arg(long)]
-    calm: bool,
+    stress: bool,
     /// Switch a planted bug on.
     #[arg(long)]
     mutant: Option<String>,
@@ -120,10 +120,10 @@ fn load(file: &Path) -> Result<Plan, String> {
     serde_json::from_str(&text).map_err(|e| format!("{}: {e}", file.display()))
 }
 
-/// The plan of a seed, `calm` without what is drawn to be tiny, slow or frequent.
-fn draw(seed: u64, profile: Option<Profile>, calm: bool) -> Plan {
-    if calm {
-        Plan::calm(seed, profile)
+/// The plan of a seed, with `stress` also what is drawn to be tiny, slow or frequent.
+fn draw(seed: u64, profile: Option<Profile>, stress: bool) -> Plan {
+    if stress {
+        Plan::stressed(seed, profile)
     } else {
         Plan::from_seed(seed, profile)
     }
@@ -136,7 +136,7 @@ fn save(plan: &Plan, file: &Path) -> Result<(), String> {
 
 fn replay(args: &ReplayArgs) -> Result<bool, String> {
     let plan = match args.what.parse::<u64>() {
-        Ok(seed) => draw(seed, args.profile, args.calm),
+        Ok(seed) => draw(seed, args.profile, args.stress),
         Err(_) => load(Path::new(&args.what))?,
     };
     if let Some(file) = &args.save {

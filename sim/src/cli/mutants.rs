@@ -163,7 +163,7 @@ fn hunt_one(args: &Args, name: &'static str, start: u64) -> Hunted {
             jobs: args.jobs.unwrap_or_else(all_processors).max(1),
             budget: Some(args.time_budget),
             profile: None,
-            calm: false,
+            stress: true,
             reference: false,
             mutant: Some(name),
             stop_at_first: true,

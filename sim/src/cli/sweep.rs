@@ -29,9 +29,9 @@ pub struct Args {
     /// One kind of trouble for all seeds.
     #[arg(long, value_parser = parse_profile)]
     profile: Option<Profile>,
-    /// Leave out what is drawn to be tiny, slow or frequent.
+    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
     #[arg(long)]
-    calm: bool,
+    stress: bool,
     /// Run a filesystem in memory that is right by construction: tests the judge.
     #[arg(long)]
     reference: bool,
@@ -64,7 +64,7 @@ pub struct Hunt {
     /// Profile of all seeds.
     pub profile: Option<Profile>,
     /// Without what is drawn to be tiny, slow or frequent.
-    pub calm: bool,
+    pub stress: bool,
     /// The reference instead of Outrider.
     pub reference: bool,
     /// Planted bug.
@@ -92,7 +92,7 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
                         return;
                     }
                     let seed = hunt.from + index;
-                    let plan = draw(seed, hunt.profile, hunt.calm);
+                    let plan = draw(seed, hunt.profile, hunt.stress);
                     let mut outcome = run_plan(&plan, hunt.reference, hunt.mutant, false);
                     // A seed that fails without the planted bug proves nothing about it.
                     if hunt.mutant.is_some()
@@ -109,7 +109,7 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
                         }
                         if !hunt.quiet {
                             bar.suspend(|| {
-                                eprintln!("{}", report(&outcome, hunt.profile, hunt.calm))
+                                eprintln!("{}", report(&outcome, hunt.profile, hunt.stress))
                             });
                         }
                     }
@@ -128,7 +128,7 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
     }
 }
 
-fn report(outcome: &Outcome, profile: Option<Profile>, calm: bool) -> String {
+fn report(outcome: &Outcome, profile: Option<Profile>, stress: bool) -> String {
     let Some(failure) = &outcome.failure else {
         return String::new();
     };
@@ -142,16 +142,16 @@ fn report(outcome: &Outcome, profile: Option<Profile>, calm: bool) -> String {
         "seed {} FAILED ({}): {text}\n  {}",
         outcome.seed,
         failure.kind,
-        command(outcome.seed, profile, calm)
+        command(outcome.seed, profile, stress)
     )
 }
 
-fn command(seed: u64, profile: Option<Profile>, calm: bool) -> String {
+fn command(seed: u64, profile: Option<Profile>, stress: bool) -> String {
     let profile = profile
         .map(|profile| format!(" --profile {}", format!("{profile:?}").to_lowercase()))
         .unwrap_or_default();
-    let calm = if calm { " --calm" } else { "" };
-    format!("replay with: outrider-sim replay {seed}{profile}{calm} --log")
+    let stress = if stress { " --stress" } else { "" };
+    format!("replay with: outrider-sim replay {seed}{profile}{stress} --log")
 }
 
 /// All processors.
@@ -175,7 +175,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
             jobs: args.jobs.unwrap_or_else(all_processors).max(1),
             budget: args.time_budget,
             profile: args.profile,
-            calm: args.calm,
+            stress: args.stress,
             reference: args.reference,
             mutant: None,
             stop_at_first: false,
@@ -185,7 +185,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
     );
     bar.finish_and_clear();
     if let Some(dir) = &args.save {
-        save_failing(&found, args.profile, args.calm, dir)?;
+        save_failing(&found, args.profile, args.stress, dir)?;
     }
     if args.hashes {
         for (seed, outcome) in &found.outcomes {
@@ -211,13 +211,13 @@ pub fn run(args: &Args) -> Result<bool, String> {
 fn save_failing(
     found: &Found,
     profile: Option<Profile>,
-    calm: bool,
+    stress: bool,
     dir: &Path,
 ) -> Result<(), String> {
     for outcome in found.outcomes.values() {
         if let Some(failure) = &outcome.failure {
             let file = dir.join(format!("{}-{}.json", failure.kind, outcome.seed));
-            save(&draw(outcome.seed, profile, calm), &file)?;
+            save(&draw(outcome.seed, profile, stress), &file)?;
         }
     }
     Ok(())
@@ -267,7 +267,7 @@ fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
         println!(
             "seed {} {}",
             outcome.seed,
-            command(outcome.seed, args.profile, args.calm)
+            command(outcome.seed, args.profile, args.stress)
         );
     }
 }

@@ -9,7 +9,7 @@ fn run_reference(seed: u64, mutant: Option<&'static str>) -> Outcome {
         mutant,
         ..Options::default()
     };
-    run::<Reference>(&Plan::from_seed(seed, None), options)
+    run::<Reference>(&Plan::stressed(seed, None), options)
 }
 
 #[test]
