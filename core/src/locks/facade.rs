@@ -283,6 +283,11 @@ impl Locks {
         self.inner.carry_out(out);
     }
 
+    /// Whether locks are refused: the mount ends.
+    pub fn is_stopped(&self) -> bool {
+        self.inner.stopped.get().is_some()
+    }
+
     /// State of every lock, for status and for the simulator's oracles.
     pub fn table(&self) -> Vec<LockState> {
         self.inner.brain.borrow().table()

@@ -341,12 +341,14 @@ impl Mount {
         if let Some(worker) = worker {
             worker.stop().await;
         }
-        self.locks.stop(LockError::Shutdown);
         // Mutant: breaks the order of spec 08 section 11, commit before farewell.
         if mutant("farewell_before_commit") {
             self.client.farewell().await;
         }
+        // Before the locks stop: until all is committed an invalidation still waits
+        // for the commit of what it gives away.
         let committed = self.log.shutdown().await;
+        self.locks.stop(LockError::Shutdown);
         self.client.farewell().await;
         self.guard.shut();
         self.client.sever();

@@ -132,6 +132,14 @@ impl Sim {
         watched.push(mount);
     }
 
+    /// Looks no longer at the mount of this seat: it was fenced, and its locks are
+    /// others' to have, whatever it believes.
+    pub fn unwatch(&self, seat: u32) {
+        self.watched
+            .borrow_mut()
+            .retain(|watched| watched.life.seat() != seat);
+    }
+
     /// Ends the world: drops all tasks and timers. Tasks own the channels that
     /// own their wakers, and timers hold devices that hold the timers, so
     /// without this a world would never give its memory back.

@@ -94,9 +94,15 @@ fn of_one(mount: &Mount, table: &[LockState]) -> Option<String> {
             return Some(format!("a page of {scope:?} reaches to {}", range.end));
         }
         let mode = modes.get(&scope.range().start).copied().unwrap_or_default();
-        if mode == Mode::Null || dirty && !mode.writes() {
+        // Nobody reads what a mount that ends still has in memory.
+        let idle = mount.locks().is_stopped() && !dirty;
+        if mode == Mode::Null && !idle || dirty && !mode.writes() {
             let how = if dirty { "dirty items" } else { "items" };
-            return Some(format!("{how} of {scope:?} are cached under {mode:?}"));
+            let lock = table.iter().find(|state| state.scope == scope);
+            return Some(format!(
+                "{how} of {scope:?} from {} to {} are cached under {mode:?}: {lock:?}",
+                range.start, range.end
+            ));
         }
     }
     None

@@ -107,6 +107,7 @@ impl<S: System> Cluster<S> {
         self.note(node, "FENCED", &[u64::from(seat), u64::from(lies)], || {
             format!("{rid:016x}{}", if lies { ", a lie" } else { "" })
         });
+        self.sim.unwatch(seat);
         if fate.is_dead() {
             // Nothing of it is in flight any more.
         } else if lies {
