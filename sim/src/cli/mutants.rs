@@ -1,11 +1,19 @@
 //! Planted bugs: which exist, how long a sweep needs to find each, and the page
 //! of figures (`docs/mutants.md`).
 //!
-//! What can go wrong: a bug counted as found by a seed that fails anyway. A seed
-//! counts only if the same seed passes without the bug.
+//! A bug of the protocol brains is hunted by the exploration that is meant for it,
+//! one that needs several nodes in worlds of several, all others in stressed worlds
+//! of one node.
+//!
+//! What can go wrong: a bug counted as found by a world that fails anyway. A seed,
+//! or an exploration, counts only if it passes without the bug.
 
+use super::parse_profile;
 use super::sweep::{Hunt, all_processors, hunt};
 use indicatif::{ProgressBar, ProgressStyle};
+use outrider_sim::explore::scenarios::{self, Scenario};
+use outrider_sim::plan::Profile;
+use outrider_sim::world::on_fresh_thread;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -29,6 +37,14 @@ struct Mutant {
     what: &'static str,
 }
 
+impl Mutant {
+    /// The worlds that it is hunted in: those of one node as their seeds draw them,
+    /// or those of several.
+    fn profile(&self) -> Option<Profile> {
+        (self.nodes == Many).then_some(Profile::Cluster)
+    }
+}
+
 const fn m(name: &'static str, class: u8, nodes: Nodes, what: &'static str) -> Mutant {
     Mutant {
         name,
@@ -39,7 +55,7 @@ const fn m(name: &'static str, class: u8, nodes: Nodes, what: &'static str) -> M
 }
 
 #[rustfmt::skip]
-const MUTANTS: [Mutant; 45] = [
+static MUTANTS: [Mutant; 45] = [
     m("super_before_flush", 1, One, "the super is written before its blocks are flushed (04 s6, 18 A18)"),
     m("commit_not_durable_reply", 1, One, "a commit is answered before the super is written (18 A18)"),
     m("commit_retries_deltas", 1, One, "a retried commit applies its items again (04 H1)"),
@@ -109,15 +125,17 @@ pub struct Args {
     /// Begin no other hunt after this many seconds; a later run goes on from there.
     #[arg(long)]
     total_budget: Option<u64>,
-    /// Hunt from this many first seeds and take the median.
-    #[arg(long, default_value_t = 1)]
-    starts: u64,
+    /// Hunt from this many first seeds and take the median: 1, or 5 for the page.
+    #[arg(long)]
+    starts: Option<u64>,
+    /// Hunt in worlds of this kind instead of those that suit each bug.
+    #[arg(long, value_parser = parse_profile)]
+    profile: Option<Profile>,
     /// Worlds at a time; the number of processors unless given.
     #[arg(long)]
     jobs: Option<usize>,
-    /// Write the page of figures (five starts unless told otherwise). Hunts that
-    /// the state file has are not repeated.
-    #[arg(long)]
+    /// Write the page of figures. Hunts that the state file has are not repeated.
+    #[arg(long, conflicts_with = "profile")]
     write: bool,
     /// The page.
     #[arg(long, default_value = "docs/mutants.md")]
@@ -137,10 +155,22 @@ struct Hunted {
     seed: Option<u64>,
     /// Seeds until then, or all that were run.
     seeds: u64,
+    /// The exploration that found it.
+    #[serde(default)]
+    explored: Option<String>,
+    /// States that an exploration visited.
+    #[serde(default)]
+    states: u64,
     /// Wall clock seconds.
     seconds: f64,
     /// Which oracle saw it.
     kind: String,
+}
+
+impl Hunted {
+    fn found(&self) -> bool {
+        self.seed.is_some() || self.explored.is_some()
+    }
 }
 
 /// Hunts by bug and start.
@@ -148,13 +178,50 @@ type Results = BTreeMap<String, BTreeMap<u64, Hunted>>;
 
 /// The static name of a planted bug.
 pub fn find(name: &str) -> Result<&'static str, String> {
-    let found = MUTANTS.iter().find(|known| known.name == name);
-    found
-        .map(|mutant| mutant.name)
-        .ok_or_else(|| format!("no planted bug is named {name}: see `mutants --list`"))
+    known(name).map(|mutant| mutant.name)
 }
 
-fn hunt_one(args: &Args, name: &'static str, start: u64) -> Hunted {
+fn known(name: &str) -> Result<&'static Mutant, String> {
+    let found = MUTANTS.iter().find(|known| known.name == name);
+    found.ok_or_else(|| format!("no planted bug is named {name}: see `mutants --list`"))
+}
+
+/// The exploration that is meant for a bug, unless another way was asked for.
+fn exploration(name: &str, profile: Option<Profile>) -> Option<&'static Scenario> {
+    let (_, scenario) = scenarios::MUTANTS.iter().find(|(bug, _)| *bug == name)?;
+    let found = || scenarios::SCENARIOS.iter().find(|s| s.name == *scenario);
+    profile.is_none().then(found).flatten()
+}
+
+/// States visited at most when a bug is hunted by an exploration.
+const EXPLORED: u64 = 20_000_000;
+
+#[allow(clippy::disallowed_types, clippy::disallowed_methods)] // how long it takes, outside any world
+fn explore(scenario: &'static Scenario, name: &'static str) -> Result<Hunted, String> {
+    let begun = std::time::Instant::now();
+    let run = |mutant| {
+        on_fresh_thread(move || {
+            outrider_core::env::set_mutant(mutant);
+            scenario.run(EXPLORED)
+        })
+    };
+    let report = run(Some(name))?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let found = report.violation.is_some() && run(None)?.violation.is_none();
+    Ok(Hunted {
+        seed: None,
+        seeds: 0,
+        explored: found.then(|| scenario.name.to_owned()),
+        states: report.states,
+        seconds,
+        kind: if found { "explore" } else { "" }.to_owned(),
+    })
+}
+
+fn hunt_one(args: &Args, mutant: &Mutant, start: u64) -> Result<Hunted, String> {
+    if let Some(scenario) = exploration(mutant.name, args.profile) {
+        return explore(scenario, mutant.name);
+    }
     let from = start * START_STRIDE;
     let found = hunt(
         &Hunt {
@@ -162,10 +229,10 @@ fn hunt_one(args: &Args, name: &'static str, start: u64) -> Hunted {
             seeds: args.seeds,
             jobs: args.jobs.unwrap_or_else(all_processors).max(1),
             budget: Some(args.time_budget),
-            profile: None,
+            profile: args.profile.or(mutant.profile()),
             stress: true,
             reference: false,
-            mutant: Some(name),
+            mutant: Some(mutant.name),
             stop_at_first: true,
             quiet: true,
         },
@@ -173,12 +240,14 @@ fn hunt_one(args: &Args, name: &'static str, start: u64) -> Hunted {
     );
     let first = found.outcomes.values().find(|o| o.failure.is_some());
     let failure = first.and_then(|outcome| outcome.failure.as_ref());
-    Hunted {
+    Ok(Hunted {
         seed: first.map(|outcome| outcome.seed),
         seeds: first.map_or(found.outcomes.len() as u64, |o| o.seed - from + 1),
+        explored: None,
+        states: 0,
         seconds: found.seconds,
         kind: failure.map_or(String::new(), |failure| failure.kind.to_owned()),
-    }
+    })
 }
 
 /// Runs the command.
@@ -199,14 +268,11 @@ pub fn run(args: &Args) -> Result<bool, String> {
         return Ok(true);
     }
     let chosen = match &args.name {
-        Some(name) => vec![find(name)?],
-        None => MUTANTS.iter().map(|mutant| mutant.name).collect(),
+        Some(name) => vec![known(name)?],
+        None => MUTANTS.iter().collect(),
     };
-    let starts = if args.write {
-        args.starts.max(5)
-    } else {
-        args.starts.max(1)
-    };
+    let usual = if args.write { 5 } else { 1 };
+    let starts = args.starts.unwrap_or(usual).max(1);
     let mut results = if args.write {
         load(&args.state)?
     } else {
@@ -215,13 +281,14 @@ pub fn run(args: &Args) -> Result<bool, String> {
     let bar = progress(args, chosen.len() as u64 * starts)?;
     let begun = std::time::Instant::now();
     let mut complete = true;
-    for name in &chosen {
+    for mutant in &chosen {
+        let name = mutant.name;
+        // An exploration begins nowhere else.
+        let explored = exploration(name, args.profile).is_some();
         for start in 0..starts {
-            bar.set_message(*name);
-            if results
-                .get(*name)
-                .is_some_and(|hunts| hunts.contains_key(&start))
-            {
+            bar.set_message(name);
+            let before = results.get(name);
+            if start > 0 && explored || before.is_some_and(|hunts| hunts.contains_key(&start)) {
                 bar.inc(1);
                 continue;
             }
@@ -232,12 +299,12 @@ pub fn run(args: &Args) -> Result<bool, String> {
                 complete = false;
                 break;
             }
-            let hunted = hunt_one(args, name, start);
+            let hunted = hunt_one(args, mutant, start)?;
             if !args.json {
                 bar.suspend(|| println!("{}", line(name, start, &hunted)));
             }
             results
-                .entry((*name).to_owned())
+                .entry(name.to_owned())
                 .or_default()
                 .insert(start, hunted);
             if args.write {
@@ -255,11 +322,15 @@ pub fn run(args: &Args) -> Result<bool, String> {
         let text = serde_json::to_string(&results).map_err(|e| e.to_string())?;
         println!("{text}");
     }
-    let found = |name: &&&str| {
-        let hunts = results.get(**name);
-        hunts.is_some_and(|hunts| hunts.values().any(|hunted| hunted.seed.is_some()))
+    let found = |mutant: &&&Mutant| {
+        let hunts = results.get(mutant.name);
+        hunts.is_some_and(|hunts| hunts.values().any(Hunted::found))
     };
-    Ok(complete && chosen.iter().filter(found).count() == chosen.len())
+    let found = chosen.iter().filter(found).count();
+    if !args.json && chosen.len() > 1 {
+        println!("{found} of {} planted bugs found", chosen.len());
+    }
+    Ok(complete && found == chosen.len())
 }
 
 fn progress(args: &Args, hunts: u64) -> Result<ProgressBar, String> {
@@ -273,13 +344,18 @@ fn progress(args: &Args, hunts: u64) -> Result<ProgressBar, String> {
 }
 
 fn line(name: &str, start: u64, hunted: &Hunted) -> String {
-    let verdict = match hunted.seed {
-        Some(seed) => format!("found by seed {seed} ({})", hunted.kind),
-        None => "NOT FOUND".to_owned(),
+    let extent = match hunted.states {
+        0 => format!("{} seeds", hunted.seeds),
+        states => format!("{states} states"),
+    };
+    let verdict = match (&hunted.seed, &hunted.explored) {
+        (Some(seed), _) => format!("found by seed {seed} ({})", hunted.kind),
+        (None, Some(scenario)) => format!("found by explore {scenario}"),
+        (None, None) => "NOT FOUND".to_owned(),
     };
     format!(
-        "{name:30} start {start}: {verdict}, {} seeds, {:.1} s",
-        hunted.seeds, hunted.seconds
+        "{name:30} start {start}: {verdict}, {extent}, {:.1} s",
+        hunted.seconds
     )
 }
 
@@ -308,16 +384,17 @@ fn page(results: &Results, args: &Args) -> String {
          Written by `outrider-sim mutants --all --write`. Each bug is compiled into the simulator\n\
          only, and switched on for a sweep of up to {} seeds (at most {} s) from each of several\n\
          first seeds. A seed counts if it fails with the bug and passes without it. Figures are\n\
-         medians over the starts; classes are those of spec 18 section 4. Replay one with\n\
-         `outrider-sim replay SEED --mutant NAME --log`.\n\n\
-         | class | bug | what it breaks | found | seeds | seconds | seen by | a seed |\n\
+         medians over the starts; classes are those of spec 18 section 4. Bugs of the protocol\n\
+         brains are found by an exploration, which has states instead of seeds. The last column is\n\
+         what shows the bug to `outrider-sim`, with `--log` for a replay line by line.\n\n\
+         | class | bug | what it breaks | found | seeds | seconds | seen by | shown by |\n\
          |---|---|---|---|---|---|---|---|\n",
         args.seeds, args.time_budget
     );
+    let none = BTreeMap::new();
     for mutant in &MUTANTS {
-        let none = BTreeMap::new();
         let hunts = results.get(mutant.name).unwrap_or(&none);
-        let found: Vec<&Hunted> = hunts.values().filter(|h| h.seed.is_some()).collect();
+        let found: Vec<&Hunted> = hunts.values().filter(|h| h.found()).collect();
         let number = |of: fn(&Hunted) -> f64, digits: usize| {
             median(found.iter().map(|h| of(h)).collect(), hunts.len())
                 .map_or("-".to_owned(), |value| format!("{value:.digits$}"))
@@ -325,7 +402,11 @@ fn page(results: &Results, args: &Args) -> String {
         let mut kinds: Vec<&str> = found.iter().map(|h| h.kind.as_str()).collect();
         kinds.sort_unstable();
         kinds.dedup();
-        let seed = found.first().and_then(|h| h.seed);
+        let first = found.first();
+        let extent = match first.map_or(0, |hunted| hunted.states) {
+            0 => number(|h| h.seeds as f64, 0),
+            states => format!("{states} states"),
+        };
         let nodes = if mutant.nodes == Many {
             " Needs many nodes."
         } else {
@@ -333,19 +414,34 @@ fn page(results: &Results, args: &Args) -> String {
         };
         let _ = writeln!(
             text,
-            "| {} | `{}` | {}.{nodes} | {} of {} | {} | {} | {} | {} |",
+            "| {} | `{}` | {}.{nodes} | {} of {} | {extent} | {} | {} | {} |",
             mutant.class,
             mutant.name,
             mutant.what,
             found.len(),
             hunts.len(),
-            number(|h| h.seeds as f64, 0),
             number(|h| h.seconds, 1),
             kinds.join(", "),
-            seed.map_or(String::new(), |seed| seed.to_string()),
+            first.map_or(String::new(), |hunted| shown_by(mutant, hunted)),
         );
     }
     text
+}
+
+/// The command that shows a bug.
+fn shown_by(mutant: &Mutant, hunted: &Hunted) -> String {
+    let name = mutant.name;
+    match (hunted.seed, &hunted.explored) {
+        (Some(seed), _) => {
+            let worlds = match mutant.profile() {
+                Some(Profile::Cluster) => "--profile cluster",
+                _ => "--stress",
+            };
+            format!("`replay {seed} {worlds} --mutant {name}`")
+        }
+        (None, Some(scenario)) => format!("`explore {scenario} --mutant {name}`"),
+        (None, None) => String::new(),
+    }
 }
 
 #[cfg(test)]
@@ -358,6 +454,18 @@ mod tests {
         assert_eq!(median(vec![9.0, 1.0], 5), None);
         assert_eq!(median(vec![3.0], 1), Some(3.0));
         assert_eq!(median(Vec::new(), 0), None);
+    }
+
+    #[test]
+    fn bugs_of_the_brains_are_known_and_have_an_exploration() {
+        for (bug, _) in scenarios::MUTANTS {
+            assert!(find(bug).is_ok());
+            assert!(exploration(bug, None).is_some());
+            assert!(exploration(bug, Some(Profile::Cluster)).is_none());
+        }
+        assert!(exploration("super_before_flush", None).is_none());
+        let many = known("votes_twice").unwrap();
+        assert_eq!(many.profile(), Some(Profile::Cluster));
     }
 
     #[test]
