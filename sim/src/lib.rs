@@ -20,11 +20,14 @@ pub mod model;
 pub mod oracle;
 pub mod plan;
 pub mod rng;
+pub mod shrink;
 pub mod stress;
 pub mod trace;
 
 #[cfg(madsim)]
 pub mod backend;
+#[cfg(madsim)]
+pub mod case;
 #[cfg(madsim)]
 pub mod kernel;
 #[cfg(madsim)]

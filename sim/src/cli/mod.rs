@@ -2,9 +2,11 @@
 
 mod explore;
 mod mutants;
+mod shrink;
 mod sweep;
 
 use clap::{Parser, Subcommand};
+use outrider_sim::case::Case;
 use outrider_sim::plan::{PROFILES, Plan, Profile};
 use outrider_sim::reference::Reference;
 use outrider_sim::world::{self, Options, Outcome, node::Outrider};
@@ -27,6 +29,8 @@ enum Command {
     Sweep(sweep::Args),
     /// Run one world again: a seed, or a saved plan.
     Replay(ReplayArgs),
+    /// Make a failing world small.
+    Shrink(shrink::Args),
     /// List the planted bugs, or hunt for them.
     Mutants(mutants::Args),
     /// Explore the protocol brains exhaustively within small bounds.
@@ -85,6 +89,7 @@ pub fn main() -> ExitCode {
     let result = match args.command {
         Command::Sweep(args) => sweep::run(&args),
         Command::Replay(args) => replay(&args),
+        Command::Shrink(args) => shrink::run(&args),
         Command::Mutants(args) => mutants::run(&args),
         Command::Explore(args) => explore::run(&args),
         Command::Corpus { dir } => corpus(&dir),
@@ -115,11 +120,6 @@ fn run_plan(plan: &Plan, reference: bool, mutant: Option<&'static str>, log: boo
     }
 }
 
-fn load(file: &Path) -> Result<Plan, String> {
-    let text = std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))?;
-    serde_json::from_str(&text).map_err(|e| format!("{}: {e}", file.display()))
-}
-
 /// The plan of a seed, with `stress` also what is drawn to be tiny, slow or frequent.
 fn draw(seed: u64, profile: Option<Profile>, stress: bool) -> Plan {
     if stress {
@@ -129,22 +129,44 @@ fn draw(seed: u64, profile: Option<Profile>, stress: bool) -> Plan {
     }
 }
 
-fn save(plan: &Plan, file: &Path) -> Result<(), String> {
-    let text = serde_json::to_string(plan).map_err(|e| e.to_string())?;
-    std::fs::write(file, text + "\n").map_err(|e| format!("{}: {e}", file.display()))
+/// What a command line names: the plan of a seed, or a file.
+fn case(
+    what: &str,
+    profile: Option<Profile>,
+    stress: bool,
+    mutant: Option<&str>,
+) -> Result<Case, String> {
+    let mut case = match what.parse::<u64>() {
+        Ok(seed) => Case::of(draw(seed, profile, stress)),
+        Err(_) => Case::load(Path::new(what))?,
+    };
+    if let Some(name) = mutant {
+        case.mutant = Some(name.to_owned());
+    }
+    Ok(case)
+}
+
+/// The planted bug of a case.
+fn planted(case: &Case) -> Result<Option<&'static str>, String> {
+    case.mutant.as_deref().map(mutants::find).transpose()
 }
 
 fn replay(args: &ReplayArgs) -> Result<bool, String> {
-    let plan = match args.what.parse::<u64>() {
-        Ok(seed) => draw(seed, args.profile, args.stress),
-        Err(_) => load(Path::new(&args.what))?,
-    };
-    if let Some(file) = &args.save {
-        save(&plan, file)?;
-    }
-    let mutant = args.mutant.as_deref().map(mutants::find).transpose()?;
+    let recorded = case(
+        &args.what,
+        args.profile,
+        args.stress,
+        args.mutant.as_deref(),
+    )?;
+    let (plan, mutant) = (&recorded.plan, planted(&recorded)?);
     println!("{}", plan.header());
-    let outcome = run_plan(&plan, args.reference, mutant, args.log);
+    let outcome = run_plan(plan, args.reference, mutant, args.log);
+    if let Some(file) = &args.save {
+        let failed = Case::failed(plan.clone(), mutant, &outcome);
+        failed
+            .unwrap_or_else(|| Case::of(plan.clone()))
+            .save(file)?;
+    }
     println!(
         "{} calls judged in {} steps, {} events, {} polls, {}.{:03} simulated seconds, \
          events {:016x}, image {:016x}",
@@ -170,6 +192,14 @@ fn replay(args: &ReplayArgs) -> Result<bool, String> {
         None => println!("no failure"),
         Some(failure) => println!("FAILED ({}): {}", failure.kind, failure.text),
     }
+    if recorded.is_as_recorded(&outcome) == Some(false) {
+        println!(
+            "this is not what was recorded: the code has changed since{}",
+            recorded
+                .commit
+                .map_or(String::new(), |c| format!(" commit {c}"))
+        );
+    }
     Ok(outcome.failure.is_none())
 }
 
@@ -183,7 +213,7 @@ fn corpus(dir: &Path) -> Result<bool, String> {
     files.sort();
     let mut failed = 0;
     for file in &files {
-        let outcome = run_plan(&load(file)?, false, None, false);
+        let outcome = run_plan(&Case::load(file)?.plan, false, None, false);
         if let Some(failure) = outcome.failure {
             failed += 1;
             println!("{}: {}: {}", file.display(), failure.kind, failure.text);

@@ -1,7 +1,8 @@
 //! Many seeds on several threads.
 
-use super::{draw, parse_profile, run_plan, save};
+use super::{draw, parse_profile, run_plan};
 use indicatif::{ProgressBar, ProgressStyle};
+use outrider_sim::case::{Case, signature};
 use outrider_sim::plan::Profile;
 use outrider_sim::world::{Outcome, cluster::steps};
 use std::collections::BTreeMap;
@@ -215,9 +216,10 @@ fn save_failing(
     dir: &Path,
 ) -> Result<(), String> {
     for outcome in found.outcomes.values() {
-        if let Some(failure) = &outcome.failure {
-            let file = dir.join(format!("{}-{}.json", failure.kind, outcome.seed));
-            save(&draw(outcome.seed, profile, stress), &file)?;
+        let plan = draw(outcome.seed, profile, stress);
+        if let (Some(failure), Some(case)) = (&outcome.failure, Case::failed(plan, None, outcome)) {
+            std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+            case.save(&dir.join(format!("{}-{}.json", failure.kind, outcome.seed)))?;
         }
     }
     Ok(())
@@ -251,9 +253,9 @@ fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
         let blamed = found.outcomes.values().filter(|o| o.blamed.is_some());
         println!("ended by a lying fence agent: {}", blamed.count());
     }
-    let mut kinds: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+    let mut kinds: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     for outcome in failed {
-        let kind = outcome.failure.as_ref().map_or("", |failure| failure.kind);
+        let kind = outcome.failure.as_ref().map_or(String::new(), signature);
         kinds.entry(kind).or_default().push(outcome.seed);
     }
     for (kind, seeds) in kinds {
@@ -281,6 +283,7 @@ fn print_json(found: &Found, failed: &[&Outcome]) {
             serde_json::json!({
                 "seed": outcome.seed,
                 "kind": failure.map_or("", |failure| failure.kind),
+                "signature": failure.map_or(String::new(), signature),
                 "text": failure.map_or("", |failure| failure.text.as_str()),
             })
         })

@@ -1,0 +1,211 @@
+//! A failing world made small.
+//!
+//! What can go wrong: a run that is interrupted. Each smaller plan is written at
+//! once, so the file always has the smallest so far, and goes on from there.
+
+use super::sweep::all_processors;
+use super::{case, parse_profile, planted, run_plan};
+use indicatif::{ProgressBar, ProgressStyle};
+use outrider_sim::case::{Case, signature};
+use outrider_sim::plan::{Plan, Profile};
+use outrider_sim::shrink::{Progress, faults, shrink};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    outrider-sim shrink seeds/open/check-17.json\n  \
+    outrider-sim shrink 17 --profile cluster -o small.json\n  \
+    outrider-sim shrink 0 --mutant freed_block_reused -o small.json\n\n\
+    Interrupt it when it is small enough: the file has the smallest so far.")]
+pub struct Args {
+    /// A seed, or a file with a plan that fails.
+    what: String,
+    /// Where the small one goes; without it, FILE.small.json or SEED.small.json.
+    #[arg(short, long)]
+    output: Option<PathBuf>,
+    /// The profile of the seed, if not its own.
+    #[arg(long, value_parser = parse_profile)]
+    profile: Option<Profile>,
+    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
+    #[arg(long)]
+    stress: bool,
+    /// The planted bug to switch on.
+    #[arg(long)]
+    mutant: Option<String>,
+    /// Worlds at a time; the number of processors unless given.
+    #[arg(long)]
+    jobs: Option<usize>,
+    /// Other orders of events to try for each plan in which the failure is gone.
+    #[arg(long, default_value_t = 3)]
+    tries: u64,
+    /// Stop after this many seconds.
+    #[arg(long)]
+    time_budget: Option<u64>,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is looked for.
+struct Search {
+    signature: String,
+    mutant: Option<&'static str>,
+    tries: u64,
+    jobs: usize,
+}
+
+impl Search {
+    /// The seed under which a plan fails in the way that is looked for: its own, or one
+    /// of some others, which change the order of events.
+    fn seed_of(&self, plan: &Plan) -> Option<u64> {
+        (0..=self.tries).find_map(|number| {
+            let seed = plan.seed.wrapping_add(number.wrapping_mul(1_000_003));
+            let plan = Plan {
+                seed,
+                ..plan.clone()
+            };
+            let outcome = run_plan(&plan, false, self.mutant, false);
+            let same = outcome
+                .failure
+                .is_some_and(|failure| signature(&failure) == self.signature);
+            let by_the_bug = same
+                && (self.mutant.is_none() || run_plan(&plan, false, None, false).failure.is_none());
+            by_the_bug.then_some(seed)
+        })
+    }
+
+    /// The first plan that fails, with its seed; plans are run several at a time.
+    fn first_failing(&self, plans: &[Plan]) -> Option<(usize, u64)> {
+        let next = AtomicUsize::new(0);
+        let first = Mutex::new(None::<(usize, u64)>);
+        std::thread::scope(|scope| {
+            for _ in 0..self.jobs {
+                scope.spawn(|| {
+                    loop {
+                        let number = next.fetch_add(1, Ordering::Relaxed);
+                        let found = *first.lock().expect("no worker panics");
+                        // One before it has failed: nobody asks for this one.
+                        if number >= plans.len() || found.is_some_and(|(n, _)| n < number) {
+                            return;
+                        }
+                        if let Some(seed) = self.seed_of(&plans[number]) {
+                            let mut first = first.lock().expect("no worker panics");
+                            if first.is_none_or(|(n, _)| number < n) {
+                                *first = Some((number, seed));
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        first.into_inner().expect("no worker panics")
+    }
+}
+
+/// Runs the command.
+#[allow(clippy::disallowed_types, clippy::disallowed_methods)] // how long it takes, outside any world
+pub fn run(args: &Args) -> Result<bool, String> {
+    let begun = std::time::Instant::now();
+    let given = case(
+        &args.what,
+        args.profile,
+        args.stress,
+        args.mutant.as_deref(),
+    )?;
+    let mutant = planted(&given)?;
+    let output = args.output.clone().unwrap_or_else(|| {
+        let stem = args.what.strip_suffix(".json").unwrap_or(&args.what);
+        PathBuf::from(format!("{stem}.small.json"))
+    });
+    let outcome = run_plan(&given.plan, false, mutant, false);
+    let Some(failure) = &outcome.failure else {
+        return Err(format!("{} does not fail: nothing to shrink", args.what));
+    };
+    let search = Search {
+        signature: signature(failure),
+        mutant,
+        tries: args.tries,
+        jobs: args.jobs.unwrap_or_else(all_processors).max(1),
+    };
+    let write = |plan: &Plan| -> Result<Case, String> {
+        let outcome = run_plan(plan, false, mutant, false);
+        let case = Case::failed(plan.clone(), mutant, &outcome)
+            .ok_or("a plan failed once and not again: determinism is broken")?;
+        case.save(&output)?;
+        Ok(case)
+    };
+    let mut kept = write(&given.plan)?;
+    let bar = if args.json {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new_spinner()
+    };
+    let style = "{elapsed_precise} {spinner} {msg}";
+    bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let mut problem = None;
+    let late = || {
+        args.time_budget
+            .is_some_and(|s| begun.elapsed().as_secs() >= s)
+    };
+    shrink(
+        &given.plan,
+        4 * search.jobs,
+        &mut |plans| {
+            if late() {
+                return None;
+            }
+            search.first_failing(plans)
+        },
+        &mut |plan, progress| {
+            let Progress {
+                operations,
+                faults,
+                tried,
+            } = progress;
+            bar.set_message(format!(
+                "{operations} operations, {faults} faults, {tried} plans tried"
+            ));
+            match write(plan) {
+                Ok(case) => kept = case,
+                Err(text) => problem = Some(text),
+            }
+        },
+    );
+    bar.finish_and_clear();
+    if let Some(text) = problem {
+        return Err(text);
+    }
+    let seen = kept.seen.as_ref().ok_or("nothing was seen")?;
+    let (operations, faults) = (kept.plan.operations(), faults(&kept.plan));
+    let from = given.plan.operations();
+    let seconds = begun.elapsed().as_secs_f64();
+    if args.json {
+        let summary = serde_json::json!({
+            "file": output, "signature": seen.signature, "text": seen.text,
+            "operations": operations, "operations_before": from,
+            "faults": faults, "seconds": seconds, "complete": !late(),
+        });
+        println!("{summary}");
+    } else {
+        println!(
+            "{from} operations became {operations}, with {faults} faults, in {seconds:.1} s{}: {}",
+            if late() {
+                " (time is up: it may get smaller)"
+            } else {
+                ""
+            },
+            output.display()
+        );
+        println!("{}", kept.plan.header());
+        println!("FAILED ({}): {}", seen.kind, seen.text);
+        println!(
+            "look at it with: outrider-sim replay {} --log",
+            output.display()
+        );
+    }
+    Ok(true)
+}
