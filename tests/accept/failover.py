@@ -138,7 +138,7 @@ class Test:
         self.cluster, self.rng, self.kinds = cluster, rng, kinds
         self.lives = [0] * cluster.nodes
         self.workers = {}
-        self.times, self.gone_ok = [], 0
+        self.times, self.victim = [], ""
 
     def mount(self, node):
         self.cluster.start(node)
@@ -181,6 +181,7 @@ class Test:
         if kind == "kill_client" or kind in ("stop", "cut") and self.rng.random() < 0.5:
             victim = self.rng.choice(others)
         rest = [node for node in range(cluster.nodes) if node != victim]
+        self.victim = f"{'leader' if victim == leader else 'client'} {victim}"
         start = time.monotonic()
         limit = cluster.heartbeat_ms / 1000
         ended = False
@@ -217,8 +218,7 @@ class Test:
             self.mount(victim)
             cluster.wait_up(victim, ANSWER_SECONDS)
             self.work(victim)
-        return f"{'leader' if victim == leader else 'client'} {victim}" \
-            + (", declared dead" if fenced else ""), took
+        return self.victim + (", declared dead" if fenced else ""), took
 
     def settles(self, victim):
         """Whether a silenced mount ended by itself; else it must answer again."""
@@ -306,7 +306,12 @@ def main():
         for nr in range(args.rounds):
             kind = rng.choice(kinds)
             start = time.monotonic()
-            what, took = test.round(kind)
+            try:
+                what, took = test.round(kind)
+            except (AssertionError, TimeoutError, RuntimeError, OSError):
+                print(f"{nr:3} {kind:12} {test.victim}: fails after "
+                      f"{time.monotonic() - start:.2f} s", flush=True)
+                raise
             print(f"{nr:3} {kind:12} {what}: answers after {took:.2f} s, "
                   f"round {time.monotonic() - start:.1f} s", flush=True)
             time.sleep(rng.uniform(0, 1))

@@ -23,6 +23,11 @@ pub struct Policy {
     pub election_jitter: Duration,
     /// Time between a leader's heartbeats.
     pub heartbeat_interval: Duration,
+    /// For how long a follower that heard its leader does not hear requests for votes
+    /// in a greater term: they come from a member that was cut off and came back, and
+    /// would cost a healthy leader its office. To others it looks as if the request was
+    /// lost, which any of them may be (spec 09 section 5.3).
+    pub leader_trust: Duration,
     /// Time between a member's attempts to take part again after its block failed.
     pub rejoin_pause: Duration,
 }
@@ -33,6 +38,7 @@ impl Default for Policy {
             election_timeout: Duration::from_millis(250),
             election_jitter: Duration::from_millis(100),
             heartbeat_interval: Duration::from_millis(100),
+            leader_trust: Duration::from_millis(300),
             rejoin_pause: Duration::from_millis(500),
         }
     }
@@ -196,6 +202,8 @@ pub struct Brain {
     votes_needed: usize,
     /// Term the agent started in: it may have voted in it before.
     start_term: u64,
+    /// When the leader of the own term was heard last.
+    heard: Option<Time>,
     status: Status,
 }
 
@@ -215,6 +223,7 @@ impl Brain {
             policy,
             votes_needed: slots.votes_needed(),
             start_term: term,
+            heard: None,
             status: Status {
                 slot,
                 term,
@@ -259,12 +268,14 @@ impl Brain {
         self.status.term = term;
         self.status.vote_for = None;
         self.status.vote_bits = 0;
+        self.heard = None;
     }
 
     /// One turn of the loop (spec 09 section 5.3, steps 2 to 13).
     pub fn step(&mut self, input: Input) -> Vec<Effect> {
         let mut out = Vec::new();
-        let message = input.message.filter(|m| m.term >= self.status.term);
+        let heeded = |m: &Message| m.term >= self.status.term && !self.trusts_leader(m, &input);
+        let message = input.message.filter(heeded);
         if let Some(message) = message {
             self.heed(message, &input, &mut out);
         }
@@ -283,6 +294,19 @@ impl Brain {
         }
         self.maybe_vote(message, &mut out);
         out
+    }
+
+    /// Whether this asks for a vote against a leader that was heard just now.
+    fn trusts_leader(&self, message: &Message, input: &Input) -> bool {
+        let trust = self.policy.leader_trust;
+        let trusts = message.kind == MessageKind::RequestVote
+            && message.term > self.status.term
+            && self.status.role == Role::Follower
+            && self.heard.is_some_and(|at| input.now.since(at) < trust);
+        if trusts {
+            probe("quorum_leader_trusted");
+        }
+        trusts
     }
 
     /// Steps 3 to 5: greater terms, heartbeats, resignations.
@@ -308,9 +332,11 @@ impl Brain {
             // or this one falls silent (spec 09 section 15, point 4).
             probe("quorum_two_leaders_of_one_term");
         } else if heartbeat {
+            self.heard = Some(input.now);
             self.status.timeout = input.now + input.heartbeat_timeout;
         }
         if message.kind == MessageKind::Resignation && self.status.role == Role::Follower {
+            self.heard = None;
             self.status.timeout = self.election_timeout(input);
         }
     }

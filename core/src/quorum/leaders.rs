@@ -76,6 +76,20 @@ pub struct LeaderCandidate {
     pub term: u64,
 }
 
+/// Whether an earlier leader's mount is there and knows that it leads no more: it has
+/// recorded a term above the one it led in. It then stops its server and records
+/// that. If it were fenced it would lose what it has not committed, for nothing.
+pub fn steps_down(candidate: &LeaderCandidate, block: &QuorumBlock) -> bool {
+    let seen = block.event(QuorumEventKind::Term);
+    seen.rid.get() == candidate.rid && seen.term.get() > candidate.term
+}
+
+/// Whether an earlier leader's mount has its slot still, so that it could record
+/// that it steps down.
+pub fn has_slot(candidate: &LeaderCandidate, block: &QuorumBlock) -> bool {
+    block.event(QuorumEventKind::Begin).rid.get() == candidate.rid
+}
+
 /// The earlier leaders that the leader of `own_term`, mount `own_rid`, must fence
 /// before its server touches anything (spec 09 section 9.2). `blocks` are *all*
 /// present slots' blocks, by slot; a block that can not be read must fail the start.

@@ -13,18 +13,23 @@ use super::peers::Peers;
 use super::recovery::Recovery;
 use super::store::Store;
 use super::{FenceReason, FenceRequest, Handle, ServerConfig, Status};
-use crate::env::{DeviceRole, Either, Env, Gate as Door, Listener, Signal, mutant, probe, race};
+use crate::env::{
+    DeviceRole, Duration, Either, Env, Gate as Door, Listener, Signal, mutant, probe, race,
+};
 use crate::format::{QuorumEventKind, SuperBlock};
 use crate::guard::{Standing, WriteGuard};
 use crate::locks::omap::OmapServer;
 use crate::locks::server::LockServer;
-use crate::quorum::{Slots, fence_candidates, superseded};
+use crate::quorum::{LeaderCandidate, Slots, fence_candidates, has_slot, steps_down, superseded};
 use crate::volume;
 use crate::wire::listener::{Connections, ListenerConfig, Origin};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::rc::Rc;
+
+/// Time between two looks whether an earlier leader has stopped.
+const LEADER_LOOK: Duration = Duration::from_millis(20);
 
 /// One server instance.
 pub(super) struct Server {
@@ -149,6 +154,7 @@ impl Server {
             ),
             ("server_reclaim", Box::pin(self.clone().reclaim_fenced())),
             ("server_farewell", Box::pin(self.clone().answer_farewells())),
+            ("server_report", Box::pin(self.clone().report_when_asked())),
             (
                 "server_merge_free",
                 Box::pin(self.clone().free_merged_trees()),
@@ -276,24 +282,17 @@ impl Server {
 }
 
 /// Fences every earlier leader that may still write (spec 09 section 9.2).
-async fn fence_leaders(env: &Env, config: &ServerConfig, fences: &Rc<Fences>) -> Result<()> {
+pub(super) async fn fence_leaders(
+    env: &Env,
+    config: &ServerConfig,
+    fences: &Rc<Fences>,
+) -> Result<()> {
     let meta = env.devices.open(DeviceRole::Meta)?;
     // Only for the slots, which never change while anybody is mounted.
     let sup = read_super(env, &*meta, config.fsid).await?;
     let slots = Slots::of(&sup.qconf);
-    let mut blocks = Vec::new();
-    for (slot, _) in slots.iter() {
-        blocks.push((
-            slot,
-            volume::read_quorum_block(&*meta, config.fsid, slot).await?,
-        ));
-    }
-    if superseded(config.term, blocks.iter().map(|(_, block)| block)) {
-        probe("server.fence.superseded");
-        return Err(ServerError::Superseded { term: config.term });
-    }
-    let blocks = blocks.iter().map(|(slot, block)| (*slot, block));
-    for leader in fence_candidates(config.term, config.rid, blocks) {
+    let leaders = leaders_to_fence(env, config, &*meta, &slots).await?;
+    for leader in leaders {
         let addr = slots
             .addr(leader.slot)
             .expect("candidates come from present slots");
@@ -311,6 +310,47 @@ async fn fence_leaders(env: &Env, config: &ServerConfig, fences: &Rc<Fences>) ->
     Ok(fences.wait_all(config.policy.leader_fence_timeout).await?)
 }
 
+/// The earlier leaders that must be fenced. One that lives and was only outvoted, by a
+/// member that was cut off and came back with a greater term, learns of it by a
+/// message and stops by itself within moments: it gets these moments. What shows
+/// that it knows is its own block, not a message, so it does not matter who hears whom.
+async fn leaders_to_fence(
+    env: &Env,
+    config: &ServerConfig,
+    meta: &dyn crate::env::BlockDevice,
+    slots: &Slots,
+) -> Result<Vec<LeaderCandidate>> {
+    let began = env.clock.now();
+    loop {
+        let mut blocks = Vec::new();
+        for (slot, _) in slots.iter() {
+            let block = volume::read_quorum_block(meta, config.fsid, slot).await?;
+            blocks.push((slot, block));
+        }
+        if superseded(config.term, blocks.iter().map(|(_, block)| block)) {
+            probe("server.fence.superseded");
+            return Err(ServerError::Superseded { term: config.term });
+        }
+        let by_slot = blocks.iter().map(|(slot, block)| (*slot, block));
+        let leaders = fence_candidates(config.term, config.rid, by_slot);
+        let waited = env.clock.now().since(began);
+        let may_stop = |leader: &LeaderCandidate| {
+            let block = blocks.iter().find(|(slot, _)| *slot == leader.slot);
+            let (_, block) = block.expect("a candidate's block was read");
+            let patience = match steps_down(leader, block) {
+                true => config.policy.leader_stop_patience,
+                false => config.policy.leader_grace,
+            };
+            has_slot(leader, block) && waited < patience
+        };
+        if !leaders.iter().any(may_stop) {
+            return Ok(leaders);
+        }
+        probe("server.fence.leader_may_stop");
+        env.sleep(LEADER_LOOK).await;
+    }
+}
+
 async fn read_super(
     env: &Env,
     meta: &dyn crate::env::BlockDevice,
@@ -322,7 +362,10 @@ async fn read_super(
 
 /// Whether another leader came after `term`. Its ELECT event is durable before its
 /// server fences anybody or touches anything.
-async fn is_replaced(env: &Env, fsid: u64, term: u64) -> Result<bool> {
+///
+/// # Errors
+/// If the quorum blocks can not be read.
+pub async fn is_replaced(env: &Env, fsid: u64, term: u64) -> Result<bool> {
     let meta = env.devices.open(DeviceRole::Meta)?;
     let sup = read_super(env, &*meta, fsid).await?;
     for (slot, _) in Slots::of(&sup.qconf).iter() {
@@ -396,6 +439,7 @@ pub async fn run(env: Env, config: ServerConfig, handle: Handle) {
     handle.set(Status::Stopping);
     fences.clear();
     guard.shut();
+    config.reports.clear();
     tracing::info!(term, "server is down");
     handle.set(Status::Down);
 }

@@ -3,6 +3,7 @@
 
 mod census;
 mod crashes;
+mod leaders;
 mod mount;
 mod protocol;
 mod store;

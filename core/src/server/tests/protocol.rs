@@ -24,9 +24,16 @@ const TERM: u64 = 7;
 
 /// Fences everybody after a second, or fails.
 #[derive(Default)]
-struct Agent {
+pub(super) struct Agent {
     asked: Mutex<Vec<FenceRequest>>,
     fails: bool,
+}
+
+impl Agent {
+    /// What it was asked so far.
+    pub(super) fn asked(&self) -> Vec<FenceRequest> {
+        self.asked.lock().unwrap().clone()
+    }
 }
 
 impl FenceAgent for Agent {
@@ -124,6 +131,7 @@ impl Instance {
             block_policy: block_policy(),
             fence: agent.clone(),
             cluster_key: None,
+            reports: crate::server::ReportBoard::default(),
         };
         let env = world.env();
         let fences = Fences::new(&env, agent.clone(), config.policy.fence_timeout);

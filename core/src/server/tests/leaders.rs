@@ -1,0 +1,103 @@
+//! Earlier leaders: those that step down by themselves are not fenced, all others are.
+
+use super::protocol::Agent;
+use super::{FSID, addr, block_policy, volume_of};
+use crate::env::testing::TestWorld;
+use crate::env::{DeviceRole, Duration, Env, Time};
+use crate::format::QuorumEventKind as Kind;
+use crate::quorum::BlockIo;
+use crate::server::actor::fence_leaders;
+use crate::server::fence::Fences;
+use crate::server::{Policy, ServerConfig};
+use std::sync::Arc;
+
+const OLD: u64 = 2000;
+const OLD_TERM: u64 = 6;
+const TERM: u64 = 9;
+
+fn io(env: &Env) -> BlockIo {
+    let meta = env.devices.open(DeviceRole::Meta).unwrap();
+    BlockIo::new(meta, FSID)
+}
+
+async fn record(env: &Env, kind: Kind, rid: u64, term: u64) {
+    let written = io(env).update(1, kind, rid, term, Time(1)).await;
+    written.unwrap();
+}
+
+/// What is recorded in the old leader's slot, and when, in milliseconds; which mounts
+/// are fenced, and how long that took to be decided.
+fn fenced(events: &'static [(u64, Kind, u64, u64)]) -> (Vec<u64>, Duration) {
+    let world: TestWorld = volume_of(7, 3);
+    let env = world.env();
+    let agent = Arc::new(Agent::default());
+    let config = ServerConfig {
+        fsid: FSID,
+        rid: 1000,
+        term: TERM,
+        addr: addr(19700),
+        policy: Policy::default(),
+        block_policy: block_policy(),
+        fence: agent.clone(),
+        cluster_key: None,
+        reports: crate::server::ReportBoard::default(),
+    };
+    world.block_on(async {
+        for (kind, term) in [
+            (Kind::Begin, 1),
+            (Kind::Elect, OLD_TERM),
+            (Kind::Fence, OLD_TERM),
+        ] {
+            record(&env, kind, OLD, term).await;
+        }
+        let fences = Fences::new(&env, agent.clone(), config.policy.fence_timeout);
+        let began = env.clock.now();
+        let other = env.clone();
+        let _writer = env.spawn("old leader", async move {
+            for (ms, kind, rid, term) in events {
+                let at = began + Duration::from_millis(*ms);
+                other.clock.sleep_until(at).await;
+                record(&other, *kind, *rid, *term).await;
+            }
+        });
+        fence_leaders(&env, &config, &fences).await.unwrap();
+        let took = env.clock.now().since(began);
+        (agent.asked().iter().map(|r| r.rid).collect(), took)
+    })
+}
+
+#[test]
+fn a_leader_that_learns_of_the_election_and_stops_is_not_fenced() {
+    let events = &[
+        (50, Kind::Term, OLD, TERM),
+        (900, Kind::Stop, OLD, OLD_TERM),
+    ];
+    let (asked, took) = fenced(events);
+    assert!(asked.is_empty(), "{asked:?}");
+    assert!(took < Duration::from_millis(1000), "{took:?}");
+}
+
+#[test]
+fn a_silent_leader_is_fenced_after_a_moment() {
+    let (asked, took) = fenced(&[]);
+    assert_eq!(asked, [OLD]);
+    // The agent takes a second.
+    let decided = took - Duration::from_secs(1);
+    assert!(decided < Duration::from_millis(200), "{decided:?}");
+}
+
+#[test]
+fn a_leader_that_never_gets_to_its_stop_is_fenced() {
+    let (asked, took) = fenced(&[(50, Kind::Term, OLD, TERM)]);
+    assert_eq!(asked, [OLD]);
+    let policy = Policy::default();
+    assert!(took > policy.leader_stop_patience, "{took:?}");
+    assert!(took < policy.leader_stop_patience * 2, "{took:?}");
+}
+
+#[test]
+fn a_leader_whose_slot_another_mount_has_is_fenced_at_once() {
+    let (asked, took) = fenced(&[(0, Kind::Begin, 3000, TERM)]);
+    assert_eq!(asked, [OLD]);
+    assert!(took < Duration::from_millis(1050), "{took:?}");
+}
