@@ -320,6 +320,38 @@ fn names_and_attributes_of_a_revoked_group_are_forgotten() {
     pair.unmount();
 }
 
+/// A notification that meets an answer on its way to its caller makes the kernel throw
+/// the answer away, so attributes under a lock that goes around are good for one call.
+#[test]
+fn attributes_under_a_lock_that_goes_around_need_no_notification() {
+    let pair = Pair::new(6);
+    let (ino, fh) = pair.create("f");
+    let fs = [pair.fs(0), pair.fs(1)];
+    let env = pair.world.env();
+    let told = |node: usize| {
+        let dropped = std::mem::take(&mut *pair.pages[node].dropped.borrow_mut());
+        dropped.contains(&Inval::Attr(ino))
+    };
+    pair.run("lookup", fs[1].lookup(&ROOT, 1, b"f")).unwrap();
+    pair.run("write", put(&fs[0], ino, fh, b"a"));
+    assert!(told(1), "what it was told to believe");
+    for _ in 0..5 {
+        let (attr, valid) = pair.run("getattr", fs[1].getattr(&ROOT, ino)).unwrap();
+        assert_eq!((attr.size, valid), (1, Duration::ZERO));
+        pair.run("write", put(&fs[0], ino, fh, b"a"));
+        assert!(!told(1));
+    }
+    // Left alone for a while, it is believed again.
+    pair.run("getattr", fs[1].getattr(&ROOT, ino)).unwrap();
+    pair.run("pause", env.sleep(Duration::from_millis(100)));
+    let (_, valid) = pair.run("getattr", fs[1].getattr(&ROOT, ino)).unwrap();
+    assert!(valid > Duration::from_secs(1));
+    pair.run("write", put(&fs[0], ino, fh, b"a"));
+    assert!(told(1));
+    pair.run("release", fs[0].release(ino, fh));
+    pair.unmount();
+}
+
 #[test]
 fn idle_locks_are_bounded() {
     let pair = Pair::with(7, |config| {
@@ -331,6 +363,10 @@ fn idle_locks_are_bounded() {
         let name = format!("f{nr}");
         let made = fs.mkdir(&ROOT, 1, name.as_bytes(), 0o755, 0);
         pair.run("mkdir", made).unwrap();
+        // Time passes, as it does on a machine: a lock is given back when the kernel
+        // has taken the answers that were given under it.
+        let env = pair.world.env();
+        pair.run("pause", env.sleep(Duration::from_millis(1)));
         let held = pair.mounts[0].locks().table().len();
         assert!(held <= 32 + 16, "{held} locks are held");
     }

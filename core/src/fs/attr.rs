@@ -36,7 +36,7 @@ impl Fs {
     pub(super) async fn do_getattr(&self, ino: Ino) -> FsResult<(Attr, Duration)> {
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
         let inode = self.load(&locked, ino).await?;
-        Ok((inode.attr(), self.config.policy.cache_valid))
+        Ok((inode.attr(), self.attr_valid(ino)))
     }
 
     /// SETATTR.
@@ -57,7 +57,7 @@ impl Fs {
         if has_more(set) {
             self.set_attributes(&locked, &mut inode, set).await?;
         }
-        Ok((inode.attr(), self.config.policy.cache_valid))
+        Ok((inode.attr(), self.attr_valid(ino)))
     }
 
     async fn set_attributes(

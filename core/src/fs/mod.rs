@@ -19,6 +19,7 @@
 mod acl;
 pub mod api;
 mod attr;
+pub mod belief;
 pub mod change;
 mod create;
 pub mod data;
@@ -50,6 +51,7 @@ use crate::format::{OpenInoMap, OpenInoMapArgs, ROOT_INO};
 use crate::locks::{Locks, Mode, Scope};
 use crate::log::Log;
 use api::{Ino, Inval, KernelCache, StatFs};
+use belief::Beliefs;
 use data::DataStore;
 use local::LocalLocks;
 use orphan::Orphans;
@@ -146,6 +148,7 @@ pub struct Fs {
     pub(crate) data: DataStore,
     pub(crate) local: LocalLocks,
     pub(crate) table: InodeTable,
+    beliefs: Beliefs,
     pools: InodePools,
     orphans: Orphans,
     next_fh: Cell<u64>,
@@ -180,6 +183,7 @@ impl Fs {
             data,
             local: LocalLocks::default(),
             table: InodeTable::default(),
+            beliefs: Beliefs::default(),
             orphans: Orphans::default(),
             next_fh: Cell::new(0),
             revocations: Cell::new(0),
@@ -256,7 +260,12 @@ impl Fs {
         }
         self.revocations.set(self.revocations.get() + 1);
         self.data_revoke_group(ino);
-        let what = self.kernel_must_forget(ino);
+        let (believed, until) = self.beliefs.take(ino);
+        let what = self.kernel_must_forget(ino, believed);
+        if let Some(until) = until.filter(|until| self.env.clock.now() < *until) {
+            probe("fs.kernel_takes_its_answers_first");
+            self.env.clock.sleep_until(until).await;
+        }
         if !what.is_empty() {
             probe("fs.kernel_forgets");
             // Mutant: breaks spec 12 section 25.
@@ -290,19 +299,43 @@ impl Fs {
         }
     }
 
-    /// What the kernel may have cached under the lock of a group, beside pages.
-    fn kernel_must_forget(&self, ino: Ino) -> Vec<Inval> {
-        let mut known = self.table.known_in_group(ino);
-        if group_of(ino) == group_of(ROOT_INO) && !known.iter().any(|(ino, _)| *ino == ROOT_INO) {
-            known.insert(0, (ROOT_INO, true));
-        }
-        let mut what = Vec::with_capacity(known.len() + 1);
+    /// What the kernel may have cached under the lock of a group, beside pages:
+    /// names in its directories, and attributes of those that it may believe.
+    fn kernel_must_forget(&self, ino: Ino, believed: Vec<Ino>) -> Vec<Inval> {
+        let known = self.table.known_in_group(ino);
+        let mut what = Vec::with_capacity(believed.len() + 1);
+        // The root is known without an entry.
+        let has_root = group_of(ino) == group_of(ROOT_INO);
         // Names are cached under the lock of their directory.
-        if known.iter().any(|(_, is_dir)| *is_dir) {
+        if has_root || known.iter().any(|(_, is_dir)| *is_dir) {
             what.push(Inval::AllNames);
         }
-        what.extend(known.into_iter().map(|(ino, _)| Inval::Attr(ino)));
+        what.extend(believed.into_iter().map(Inval::Attr));
         what
+    }
+
+    /// How long the kernel may believe attributes that come with a name.
+    fn entry_attr_valid(&self, ino: Ino) -> Duration {
+        self.beliefs.keeps(ino, self.env.clock.now());
+        self.config.policy.cache_valid
+    }
+
+    /// How long the kernel may believe attributes of an inode. Call under its lock,
+    /// in the step that answers.
+    fn attr_valid(&self, ino: Ino) -> Duration {
+        if self.beliefs.give(ino, self.env.clock.now()) {
+            self.config.policy.cache_valid
+        } else {
+            probe("fs.attributes_not_cached");
+            Duration::ZERO
+        }
+    }
+
+    /// Makes the kernel forget all names, attributes and pages.
+    pub async fn forget_everything(&self) {
+        let mut what = vec![Inval::AllNames, Inval::Pages(ROOT_INO)];
+        what.extend(self.table.everything().into_iter().map(Inval::Pages));
+        self.kernel.invalidate(what).await;
     }
 
     /// Answer to OPEN_INO_MAP: which inodes of a group are open here.

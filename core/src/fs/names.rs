@@ -184,7 +184,7 @@ impl Fs {
         Entry {
             attr: inode.attr(),
             entry_valid: self.valid_since(before),
-            attr_valid: self.config.policy.cache_valid,
+            attr_valid: self.entry_attr_valid(inode.ino),
         }
     }
 

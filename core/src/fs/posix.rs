@@ -198,6 +198,9 @@ impl Posix for Fs {
 
     fn forget(&self, ino: Ino, count: u64) {
         self.table.forget(ino, count);
+        if !self.table.is_known(ino) {
+            self.beliefs.forget(ino);
+        }
     }
 
     async fn getattr(&self, _cx: &Caller, ino: Ino) -> Result<(Attr, Duration), Errno> {

@@ -11,7 +11,7 @@ use super::Fs;
 use super::api::{DirEntry, Entry, Ino};
 use super::error::FsResult;
 use super::names::Found;
-use crate::env::probe;
+use crate::env::{Duration, probe};
 use crate::errno::Errno;
 use crate::format::{self, DIRENT_FIRST_POS, DIRENT_LAST_POS, Key};
 use crate::locks::{LockGuard, Mode, Scope};
@@ -130,7 +130,10 @@ impl Fs {
             let entry = inode.as_ref().map(|inode| Entry {
                 attr: inode.attr(),
                 entry_valid: self.valid_since(batch.before),
-                attr_valid: self.valid_since(batch.before),
+                attr_valid: match self.valid_since(batch.before) {
+                    Duration::ZERO => Duration::ZERO,
+                    _ => self.entry_attr_valid(inode.ino),
+                },
             });
             let taken = sink(DirEntry {
                 ino: found.ino,

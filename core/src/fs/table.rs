@@ -228,6 +228,13 @@ impl InodeTable {
         }
     }
 
+    /// Whether the kernel has a reference to the inode.
+    pub fn is_known(&self, ino: Ino) -> bool {
+        let groups = self.known.borrow();
+        let group = groups.get(&group_of(ino));
+        group.is_some_and(|group| group.contains_key(&ino))
+    }
+
     /// Notes that the kernel is being given pages, in the step that answers it.
     pub fn page(&self, ino: Ino, start: u64, len: u64) {
         let pulling = self.pulling.borrow().contains(&group_of(ino));
@@ -332,9 +339,8 @@ impl InodeTable {
         }
     }
 
-    /// Inodes of the group that the kernel may have attributes of, and whether
-    /// each is a directory, of which it may have names: known by entry, or open;
-    /// ascending.
+    /// Inodes of the group that the kernel has, and whether each is a directory, of
+    /// which it may have names: known by entry, or open; ascending.
     pub fn known_in_group(&self, ino: Ino) -> Vec<(Ino, bool)> {
         let groups = self.known.borrow();
         let known = groups.get(&group_of(ino)).into_iter().flatten();
@@ -348,6 +354,17 @@ impl InodeTable {
             same
         });
         inos
+    }
+
+    /// All inodes that the kernel has or that are open, ascending.
+    pub fn everything(&self) -> Vec<Ino> {
+        let groups: BTreeSet<Ino> = {
+            let open = self.states.borrow();
+            let open = open.keys().map(|ino| group_of(*ino));
+            self.known.borrow().keys().copied().chain(open).collect()
+        };
+        let known = groups.iter().flat_map(|group| self.known_in_group(*group));
+        known.map(|(ino, _)| ino).collect()
     }
 
     /// Number of inodes the kernel knows.

@@ -189,6 +189,10 @@ impl Fs {
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
         let _local = self.local.shared(ino).await;
         let head = self.find_xattr(locked.of(ino), ino, name).await?;
+        if kind.is_some() {
+            // It keeps ACLs, and that there are none, however long attributes are good.
+            self.beliefs.keeps(ino, self.env.clock.now());
+        }
         let head = head.ok_or(Errno::ENODATA)?;
         let value = self.xattr_value(locked.of(ino), ino, &head).await?;
         match kind {
