@@ -8,7 +8,10 @@
 //!   mount_options/NAME           quorum_heartbeat_timeout_ms may be written
 //!   quorum/is_leader quorum/status              members only
 //!   fence/RID/...                one per pending fence request, on the leader
-//!   mountpoint pid               ours
+//!   volume_options/data_alloc_zone_blocks       may be written; an empty line clears
+//!   counters/NAME
+//!   client_locks                 in debugfs with the original
+//!   mountpoint pid status.json   ours; the last is what `outrider status` reads
 //! ```
 //!
 //! Files are replaced whole, so a reader never sees half of one.
@@ -16,15 +19,19 @@
 //! What can go wrong: directories of mounts that were killed stay behind. Each holds a
 //! lock while its mount lives; a new mount removes those whose lock is free.
 
-use crate::options::MountOptions;
+use crate::options::{MountOptions, parse_number};
 use outrider_core::env::{Duration, Time};
 use outrider_core::format::QuorumEventKind;
 use outrider_core::quorum::{AgentStatus, Role};
 use outrider_disk::lock::try_lock_file;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+/// The volume option that there is.
+const ZONE_BLOCKS: &str = "volume_options/data_alloc_zone_blocks";
 
 /// The option that may be changed while mounted.
 const HEARTBEAT: &str = "mount_options/quorum_heartbeat_timeout_ms";
@@ -78,7 +85,10 @@ pub struct RunDir {
     _lock: File,
     /// The option file as it was last written here.
     heartbeat: Option<(Stamp, u64)>,
+    /// The volume option's file as it was last written here, and its text.
+    zone_blocks: Option<(Stamp, String)>,
     shown: Option<AgentStatus>,
+    counters: BTreeMap<String, u64>,
 }
 
 /// Tells whether a file was written since.
@@ -116,18 +126,40 @@ impl RunDir {
         fs::create_dir_all(base).map_err(|e| named(base, e))?;
         sweep(base);
         let path = base.join(dir_name(facts.fsid, facts.rid));
-        let made = fs::create_dir(&path).and_then(|()| Self::fill(&path, facts));
+        let made = Self::take(&path).and_then(|lock| Self::fill(&path, lock, facts));
         made.map_err(|e| named(&path, e))
     }
 
-    fn fill(path: &Path, facts: &Facts<'_>) -> io::Result<Self> {
-        let lock = File::create(path.join(".lock"))?;
-        try_lock_file(&lock)?;
+    /// Makes the directory under another name first, so that it never has its name
+    /// without its lock held: a mount that starts at the same time would remove it.
+    fn take(path: &Path) -> io::Result<File> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let new = path.with_file_name(format!(".{name}.{}", std::process::id()));
+        match fs::remove_dir_all(&new) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => fs::create_dir(&new)?,
+        }
+        let taken = File::create(new.join(".lock")).and_then(|lock| {
+            if try_lock_file(&lock)? {
+                fs::rename(&new, path).map(|()| lock)
+            } else {
+                Err(io::Error::other("somebody else has locked it"))
+            }
+        });
+        if taken.is_err() {
+            let _ = fs::remove_dir_all(&new);
+        }
+        taken
+    }
+
+    fn fill(path: &Path, lock: File, facts: &Facts<'_>) -> io::Result<Self> {
         let mut dir = Self {
             path: path.to_owned(),
             _lock: lock,
             heartbeat: None,
+            zone_blocks: None,
             shown: None,
+            counters: BTreeMap::new(),
         };
         let data = fs::metadata(facts.data)?;
         // Of a plain file there is no device number to tell.
@@ -142,6 +174,9 @@ impl RunDir {
         dir.write("rid", &format!("{:016x}\n", facts.rid))?;
         dir.write("mountpoint", &format!("{}\n", facts.mountpoint.display()))?;
         dir.write("pid", &format!("{}\n", std::process::id()))?;
+        fs::create_dir(path.join("counters"))?;
+        fs::create_dir(path.join("volume_options"))?;
+        dir.show_zone_blocks(None, true)?;
         fs::create_dir(path.join("mount_options"))?;
         for (name, value) in shown_options(facts.options) {
             dir.write(&format!("mount_options/{name}"), &value)?;
@@ -218,6 +253,64 @@ impl RunDir {
             tracing::debug!(%error, "runtime directory");
         }
         asked.ok()
+    }
+}
+
+impl RunDir {
+    /// Shows counters that have changed.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn show_counters(&mut self, sums: &BTreeMap<String, u64>) -> io::Result<()> {
+        for (name, count) in sums {
+            if self.counters.get(name) != Some(count) {
+                self.write(&format!("counters/{name}"), &format!("{count}\n"))?;
+                self.counters.insert(name.clone(), *count);
+            }
+        }
+        Ok(())
+    }
+
+    /// Shows the volume option in use; with `anew` also if the file says so already,
+    /// as after a value that was refused.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn show_zone_blocks(&mut self, blocks: Option<u64>, anew: bool) -> io::Result<()> {
+        let text = blocks.map_or_else(String::new, |blocks| blocks.to_string());
+        let path = self.path.join(ZONE_BLOCKS);
+        if let Some((stamp, shown)) = &self.zone_blocks
+            && !anew
+            && (*shown == text || Stamp::of(&path).ok() != Some(*stamp))
+        {
+            // It is right, or somebody has written it meanwhile: that comes first.
+            return Ok(());
+        }
+        replace(&path, &text, 0o644)?;
+        self.zone_blocks = Some((Stamp::of(&path)?, text));
+        Ok(())
+    }
+
+    /// What somebody wrote to the volume option, once: a number, `None` to clear it, or
+    /// an error for what is neither.
+    pub fn asked_zone_blocks(&mut self) -> Option<Result<Option<u64>, ()>> {
+        let path = self.path.join(ZONE_BLOCKS);
+        let (stamp, _) = self.zone_blocks.as_ref()?;
+        let found = Stamp::of(&path).ok()?;
+        if found == *stamp {
+            return None;
+        }
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        // Truncated; what follows is not written yet.
+        let first = text.chars().next()?;
+        self.zone_blocks = Some((found, text.clone()));
+        Some(match first {
+            '\n' | '\r' => Ok(None),
+            _ if text.len() >= 32 => Err(()),
+            _ => parse_number(text.trim_end_matches('\n'))
+                .map(Some)
+                .ok_or(()),
+        })
     }
 }
 
@@ -376,6 +469,28 @@ mod tests {
             assert_eq!(dir.asked_heartbeat(), None, "{bad}");
             assert_eq!(fs::read_to_string(&path).unwrap(), "3000", "{bad}");
         }
+    }
+
+    #[test]
+    fn mounts_that_start_at_the_same_time_do_not_remove_each_others_directories() {
+        let base = tempfile::tempdir().unwrap();
+        let options = member();
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let (base, options) = (base.path(), &options);
+                scope.spawn(move || {
+                    for nr in 1..100 {
+                        let own = Facts {
+                            rid: (thread * 1000 + nr) << 40,
+                            ..facts(options, base)
+                        };
+                        let dir = RunDir::create(base, &own).unwrap();
+                        assert!(dir.path().join("quorum/is_leader").exists());
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -165,6 +165,8 @@ pub struct LockState {
     pub users: [u32; Mode::COUNT],
     /// Waiting tasks.
     pub waiters: usize,
+    /// Waiting tasks by the mode they want.
+    pub wanted: [u32; Mode::COUNT],
     /// The last grant's write seq.
     pub write_seq: u64,
     /// Moves when read permission is newly gained.
@@ -435,6 +437,13 @@ impl LockClient {
                 invalidating: lock.invalidating,
                 users: lock.users,
                 waiters: lock.waiters.len(),
+                wanted: lock
+                    .waiters
+                    .iter()
+                    .fold([0; Mode::COUNT], |mut by, waiter| {
+                        by[waiter.mode as usize] += 1;
+                        by
+                    }),
                 write_seq: lock.write_seq,
                 refresh_gen: lock.refresh_gen,
             })

@@ -237,6 +237,7 @@ pub(super) struct Starter {
     pub block: block::Policy,
     pub fence: Arc<dyn FenceAgent>,
     pub cluster_key: Option<ClusterKey>,
+    pub reports: server::ReportBoard,
 }
 
 impl ServerStarter for Starter {
@@ -250,6 +251,7 @@ impl ServerStarter for Starter {
             block_policy: self.block.clone(),
             fence: self.fence.clone(),
             cluster_key: self.cluster_key.clone(),
+            reports: self.reports.clone(),
         };
         Box::new(Control::start(env, config))
     }

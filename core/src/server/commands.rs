@@ -92,7 +92,10 @@ impl Store {
 
     /// Runs a reader on the stable super, from the start again if commits went on
     /// and reused a block under it.
-    async fn retry_stale<T>(&self, read: impl AsyncFn(&SuperBlock) -> Result<T>) -> Result<T> {
+    pub(super) async fn retry_stale<T>(
+        &self,
+        read: impl AsyncFn(&SuperBlock) -> Result<T>,
+    ) -> Result<T> {
         let mut check = StaleCheck::new();
         loop {
             let sup = self.stable();

@@ -266,6 +266,15 @@ impl Fences {
             .collect()
     }
 
+    /// The mounts that are not reclaimed yet, and why they are fenced.
+    pub fn pending_reasons(&self) -> Vec<(u64, &'static str)> {
+        let requests = self.requests.borrow();
+        let named = requests
+            .iter()
+            .map(|(rid, p)| (*rid, p.request.reason.name()));
+        named.collect()
+    }
+
     /// Forgets everything: the server stops.
     pub fn clear(&self) {
         for task in self.tasks.borrow_mut().drain(..) {

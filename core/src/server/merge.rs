@@ -99,6 +99,7 @@ impl Store {
         let finalize_ours = ours.item_root.height > self.policy.finalize_height
             || alloc::list_is_low(&ours.meta_avail);
         if !finalize_ours && !saw_finalized {
+            probe("server.merge.no_finalized");
             return Ok(Round::Proceed);
         }
         self.ask_to_commit(&others);

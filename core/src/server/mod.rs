@@ -32,9 +32,10 @@ mod merge;
 mod peers;
 mod reclaim;
 pub mod recovery;
+mod report;
 mod store;
 
-pub use actor::run;
+pub use actor::{is_replaced, run};
 pub use control::{Control, Handle, Status};
 pub use error::ServerError;
 pub use farewell::may_leave;
@@ -42,6 +43,7 @@ pub use fence::{FenceAgent, FenceError, FenceReason, FenceRequest};
 pub use lasting::LastingAgent;
 pub use log_trees::Progress;
 pub use peers::Peers;
+pub use report::{ClientReport, LockWait, MergeReport, ReportBoard, ServerReport};
 pub use store::{Dirty, Hold, Store, SyncHook};
 
 use crate::env::Duration;
@@ -68,6 +70,8 @@ pub struct ServerConfig {
     pub fence: Arc<dyn FenceAgent>,
     /// Cluster key, for the actor's own network.
     pub cluster_key: Option<ClusterKey>,
+    /// Where reports are asked for.
+    pub reports: ReportBoard,
 }
 
 impl std::fmt::Debug for ServerConfig {
@@ -88,6 +92,11 @@ pub struct Policy {
     pub recovery_timeout: Duration,
     /// How long all earlier leaders together may take to be fenced (09 section 9.2).
     pub leader_fence_timeout: Duration,
+    /// How long a new leader looks whether an earlier one, which did not record its
+    /// stop, learns of the election by itself, before it has it fenced.
+    pub leader_grace: Duration,
+    /// How long such a one may take to record its stop.
+    pub leader_stop_patience: Duration,
     /// How long an agent has for one mount (09 section 9.1).
     pub fence_timeout: Duration,
     /// How long a client may stay away before it is fenced (08 section 5).
@@ -112,6 +121,8 @@ impl Default for Policy {
         Self {
             recovery_timeout: Duration::from_secs(30),
             leader_fence_timeout: Duration::from_secs(15),
+            leader_grace: Duration::from_millis(100),
+            leader_stop_patience: Duration::from_secs(3),
             fence_timeout: Duration::from_secs(30),
             reconnect_timeout: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(24),

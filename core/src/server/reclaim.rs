@@ -46,6 +46,7 @@ impl Store {
         if log.is_open() {
             probe("server.reclaim.open_transaction");
         }
+        probe("server.reclaim.log_tree");
         self.finalize(d, &mut log, true).await
     }
 

@@ -56,6 +56,11 @@ impl Recovery {
         }
     }
 
+    /// Whether anything is awaited of the client.
+    pub fn awaits(&self, rid: u64) -> bool {
+        self.awaited.contains_key(&rid)
+    }
+
     /// A client has greeted. Its locks stay awaited.
     pub fn greeted(&mut self, rid: u64) -> Vec<Outcome> {
         self.finish(rid, &[Kind::Greeting])
