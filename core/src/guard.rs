@@ -109,6 +109,11 @@ impl WriteGuard {
         self.lost.wait().await;
     }
 
+    /// Whether no write is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight.get() == 0
+    }
+
     /// Waits until no write is in flight.
     pub async fn idle(&self) {
         self.changed
@@ -120,6 +125,31 @@ impl WriteGuard {
         let now = self.env.clock.now();
         let fresh = |looked: Time| now.since(looked) <= self.limit;
         self.look.borrow().is_none() || self.looked.get().is_some_and(fresh)
+    }
+
+    /// Looks now, whatever was seen before.
+    ///
+    /// # Errors
+    /// If the volume can not be looked at.
+    pub async fn look_now(&self) -> Result<Standing, String> {
+        let look = self.look.borrow().clone();
+        let Some(look) = look.filter(|_| !self.is_shut()) else {
+            return Ok(match self.is_shut() {
+                true => Standing::Lost,
+                false => Standing::Good,
+            });
+        };
+        let began = self.env.clock.now();
+        let seen = look().await?;
+        match seen {
+            Standing::Good => self.looked.set(self.looked.get().max(Some(began))),
+            Standing::Lost => {
+                self.shut();
+                self.lost.open();
+            }
+            Standing::Doubtful => {}
+        }
+        Ok(seen)
     }
 
     /// Waits for the right to make one write.

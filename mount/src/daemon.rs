@@ -5,14 +5,16 @@
 //! |---|---|
 //! | `umount` | commit, farewell, quorum agent, record removed |
 //! | SIGTERM, SIGINT, SIGHUP | the same, after unmounting; detached if it is busy |
-//! | `umount -f`, the connection's `abort` file | forced: nothing more is written |
-//! | declared dead by the cluster | forced |
+//! | the connection's `abort` file; `umount -f` while somebody waits for an answer | forced: nothing more is written |
+//! | `umount -f` of an idle mount | as `umount`: the kernel lets it look the same |
+//! | declared dead by the cluster | forced; its users get EIO for some seconds before |
 //!
 //! What can go wrong: an unmount that returns before the daemon has committed. The
 //! daemon holds a lock on its run file until its very end, and the umount helpers
 //! wait for that lock.
 
 use crate::asking::Asking;
+use crate::counters::Counters;
 use crate::fence::{AssumeDead, LocalAgent, Registry};
 use crate::kernel::{self, KernelError, KernelOptions, Unmount};
 use crate::key_file::{self, KeyFileError};
@@ -21,6 +23,8 @@ use crate::options::{FenceChoice, MountOptions};
 use crate::rundir::{self, Facts, RunDir};
 use crate::scsi;
 use crate::session::{Ended, Session, SessionOptions};
+use crate::show;
+use crate::watchdog::Watchdog;
 use outrider_core::env::{DeviceRole, Duration, Either, Env, Gate, race};
 use outrider_core::errno::Errno;
 use outrider_core::node::{Mount, MountError, UnmountError};
@@ -46,8 +50,8 @@ const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 /// How long users of a detached mount may go on.
 const DETACHED_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Time between two looks at what the runtime directory shows.
-const SHOW_PERIOD: Duration = Duration::from_millis(200);
+/// How long users of a mount that was declared dead are answered EIO before it ends.
+const LOST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What to mount where.
 #[derive(Clone, Debug)]
@@ -183,6 +187,8 @@ pub fn run(config: &DaemonConfig, ready: impl FnOnce()) -> Result<(), DaemonErro
     };
     let key = config.options.cluster_key.as_deref().map(key_file::read);
     let key = key.transpose()?;
+    // While there is one thread.
+    let watchdog = Watchdog::prepare(&config.options).map_err(system("watchdog"))?;
     raise_descriptor_limit();
     let held = hold_run_file(&config.mountpoint)?;
     detach_dead(&config.mountpoint);
@@ -194,13 +200,27 @@ pub fn run(config: &DaemonConfig, ready: impl FnOnce()) -> Result<(), DaemonErro
     let rid = random_rid().map_err(system("random numbers"))?;
     let mut volume = VolumeFiles::new(&config.options.metadev_path, &config.data);
     volume.liveness = Some(rid);
+    let counters = Counters::default();
+    let counted = counters.clone();
     let runtime = Runtime::new(RuntimeConfig {
-        network: Arc::new(move || Rc::new(sockets.network())),
+        network: Arc::new(move || {
+            // Called once on each actor's thread.
+            counted.count_here();
+            Rc::new(sockets.network())
+        }),
         volume: Some(volume),
         io: IoConfig::default(),
     });
     let result = runtime
-        .run(|env| serve(env, config, (rid, key), signals, ready))
+        .run(|env| {
+            let own = Own {
+                rid,
+                key,
+                watchdog,
+                counters,
+            };
+            serve(env, config, own, signals, ready)
+        })
         .map_err(system("event loop"))
         .and_then(|served| served);
     runtime.join();
@@ -314,13 +334,27 @@ fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
     Ok(file)
 }
 
+/// What a mount is given beside its options.
+struct Own {
+    rid: u64,
+    key: Option<ClusterKey>,
+    watchdog: Option<Watchdog>,
+    counters: Counters,
+}
+
 async fn serve(
     env: Env,
     config: &DaemonConfig,
-    (rid, key): (u64, Option<ClusterKey>),
+    own: Own,
     signals: Arc<OwnedFd>,
     ready: impl FnOnce(),
 ) -> Result<(), DaemonError> {
+    let Own {
+        rid,
+        key,
+        watchdog,
+        counters,
+    } = own;
     let options = &config.options;
     let supers = read_supers(&env).await?;
     let fsid = supers.meta.hdr.fsid.get();
@@ -342,7 +376,9 @@ async fn serve(
         // The process ends: what waits with it is gone, as after a crash.
         Either::Right(()) => return Err(MountError::GivenUp.into()),
     };
-    show_state(&env, &mount, &shown);
+    show::show_state(&env, &mount, &shown, counters);
+    let watchdog = Rc::new(RefCell::new(watchdog));
+    feed(&env, &mount, &watchdog);
     let served = serve_kernel(&env, config, &mount, &notifier, &signals, ready).await;
     let ended = match served {
         Ok(Ended::Aborted) => {
@@ -370,6 +406,11 @@ async fn serve(
         },
     };
     shown.take();
+    // After a forced end a write may still be on its way: then it is its work.
+    let dog = watchdog.borrow_mut().take();
+    if let Some(dog) = dog.filter(|_| mount.is_quiet()) {
+        dog.disarm();
+    }
     ended
 }
 
@@ -441,29 +482,32 @@ fn fence_agent(
     }
 }
 
-/// Keeps the runtime directory up to date, until it is taken away.
-fn show_state(env: &Env, mount: &Rc<Mount>, shown: &Rc<RefCell<Option<RunDir>>>) {
-    let (ticks, mount, shown) = (env.clone(), Rc::downgrade(mount), shown.clone());
-    env.spawn("rundir", async move {
+/// Tells the watchdog that the mount lives, each time that it has shown that it may
+/// write, until the mount ends.
+fn feed(env: &Env, mount: &Rc<Mount>, watchdog: &Rc<RefCell<Option<Watchdog>>>) {
+    let period = match watchdog.borrow().as_ref() {
+        Some(dog) => dog.timeout() / 4,
+        None => return,
+    };
+    let (env, mount, watchdog) = (env.clone(), Rc::downgrade(mount), watchdog.clone());
+    env.clone().spawn("watchdog", async move {
         while let Some(mount) = mount.upgrade() {
-            match shown.borrow_mut().as_mut() {
-                Some(dir) => show_once(dir, &mount, &ticks),
+            let may_write = mount.may_write().await;
+            match watchdog.borrow_mut().as_mut() {
                 None => return,
+                Some(dog) if may_write => {
+                    if let Err(error) = dog.alive() {
+                        tracing::error!(%error, "the watchdog is gone: this mount gives up");
+                        mount.give_up();
+                        return;
+                    }
+                }
+                Some(_) => tracing::warn!("this mount can not show that it may write"),
             }
             drop(mount);
-            ticks.sleep(SHOW_PERIOD).await;
+            env.sleep(period).await;
         }
     });
-}
-
-fn show_once(dir: &mut RunDir, mount: &Mount, env: &Env) {
-    if let Some(status) = mount.quorum_status() {
-        dir.show_quorum(&status, env.clock.now());
-    }
-    if let Some(ms) = dir.asked_heartbeat() {
-        tracing::info!(ms, "quorum_heartbeat_timeout_ms was changed");
-        mount.set_heartbeat_timeout(Duration::from_millis(ms));
-    }
 }
 
 async fn read_supers(env: &Env) -> Result<MountSupers, DaemonError> {
@@ -539,13 +583,16 @@ async fn end_when_asked(
     match race(next_signal(signals), mount.evicted()).await {
         Either::Left(()) => {}
         Either::Right(()) => {
-            detach(
-                config,
-                Unmount {
-                    force: true,
-                    lazy: true,
-                },
-            );
+            // What waits is answered now, and what comes is, as by a device that is
+            // gone. Nothing that the kernel remembers is true any more.
+            mount.force_unmount().await;
+            mount.forget_kernel_caches().await;
+            env.sleep(LOST_PATIENCE).await;
+            let lazy_and_by_force = Unmount {
+                force: true,
+                lazy: true,
+            };
+            let _ = detach(config, lazy_and_by_force).await;
             return Ended::Aborted;
         }
     }

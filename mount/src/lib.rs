@@ -21,6 +21,7 @@
 
 pub mod abi;
 pub mod asking;
+pub mod counters;
 pub mod daemon;
 pub mod fence;
 pub mod ioctl;
@@ -34,6 +35,8 @@ pub mod rundir;
 pub mod scsi;
 mod serve;
 pub mod session;
+pub mod show;
+pub mod watchdog;
 
 pub use notify::Notifier;
 pub use session::{Agreed, Ended, Session, SessionOptions};

@@ -40,6 +40,15 @@ pub enum FenceChoice {
     AssumeDead,
 }
 
+/// Who ends a mount that does not show that it may write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WatchdogChoice {
+    /// A process beside it.
+    Helper,
+    /// The machine's watchdog.
+    Device(PathBuf),
+}
+
 /// All options of one mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
@@ -71,6 +80,10 @@ pub struct MountOptions {
     pub scsi_pr: bool,
     /// `run_dir`: where the runtime directory is made; ours.
     pub run_dir: Option<PathBuf>,
+    /// `watchdog`: ours.
+    pub watchdog: Option<WatchdogChoice>,
+    /// `watchdog_timeout_ms`; ours. Three quarters of the heartbeat timeout by default.
+    pub watchdog_timeout: Option<Duration>,
     /// `cluster_key`: file of the volume's key; ours.
     pub cluster_key: Option<PathBuf>,
     /// `ro`.
@@ -98,6 +111,8 @@ impl Default for MountOptions {
             fence: FenceChoice::Local,
             scsi_pr: false,
             run_dir: None,
+            watchdog: None,
+            watchdog_timeout: None,
             cluster_key: None,
             read_only: false,
             allow_other: false,
@@ -150,6 +165,12 @@ impl MountOptions {
         }
         if options.metadev_path.as_os_str().is_empty() {
             return Err(OptionError::NoMetadev);
+        }
+        if options.watchdog_time() >= options.heartbeat_timeout {
+            return Err(OptionError::Value(
+                "watchdog_timeout_ms".into(),
+                "must be below quorum_heartbeat_timeout_ms, or it comes too late".into(),
+            ));
         }
         Ok(options)
     }
@@ -218,6 +239,19 @@ impl MountOptions {
             ("cluster_key", _) => {
                 return Err(OptionError::Value(name.into(), "needs a file".into()));
             }
+            ("watchdog", Some("helper")) => self.watchdog = Some(WatchdogChoice::Helper),
+            ("watchdog", Some(path)) if path.starts_with('/') => {
+                self.watchdog = Some(WatchdogChoice::Device(PathBuf::from(path)));
+            }
+            ("watchdog", _) => {
+                return Err(OptionError::Value(
+                    name.into(),
+                    "is helper or the full path of a watchdog device".into(),
+                ));
+            }
+            ("watchdog_timeout_ms", _) => {
+                self.watchdog_timeout = Some(ms(1000, HEARTBEAT_MS.1)?);
+            }
             ("scsi_pr", None) => self.scsi_pr = true,
             ("ro", None) => self.read_only = true,
             ("rw" | "defaults", None) => {}
@@ -229,6 +263,13 @@ impl MountOptions {
             _ => return Err(OptionError::Unknown(name.to_owned())),
         }
         Ok(())
+    }
+
+    /// After what time of silence the watchdog ends the mount: before others may declare
+    /// it dead.
+    pub fn watchdog_time(&self) -> Duration {
+        let default = self.heartbeat_timeout * 3 / 4;
+        self.watchdog_timeout.unwrap_or(default)
     }
 
     /// A `quorum_heartbeat_timeout_ms`, as it is written while mounted.
@@ -274,6 +315,15 @@ impl MountOptions {
 fn number(name: &str, value: Option<&str>, low: u64, high: u64) -> Result<u64, OptionError> {
     let wrong = |why: String| OptionError::Value(name.to_owned(), why);
     let text = value.ok_or_else(|| wrong("needs a value".to_owned()))?;
+    match parse_number(text) {
+        Some(number) if (low..=high).contains(&number) => Ok(number),
+        Some(number) => Err(wrong(format!("{number} is not in {low}..={high}"))),
+        None => Err(wrong(format!("{text:?} is not a number"))),
+    }
+}
+
+/// A number in decimal, 0x hex or 0 octal.
+pub fn parse_number(text: &str) -> Option<u64> {
     let parsed = if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         u64::from_str_radix(hex, 16)
     } else if text.len() > 1 && text.starts_with('0') {
@@ -281,11 +331,7 @@ fn number(name: &str, value: Option<&str>, low: u64, high: u64) -> Result<u64, O
     } else {
         text.parse()
     };
-    match parsed {
-        Ok(number) if (low..=high).contains(&number) => Ok(number),
-        Ok(number) => Err(wrong(format!("{number} is not in {low}..={high}"))),
-        Err(_) => Err(wrong(format!("{text:?} is not a number"))),
-    }
+    parsed.ok()
 }
 
 #[cfg(test)]
@@ -330,6 +376,16 @@ mod tests {
             ("metadev_path=x,fence=maybe", "fence"),
             ("metadev_path=x,run_dir=here", "run_dir"),
             ("metadev_path=x,cluster_key", "cluster_key"),
+            ("metadev_path=x,watchdog", "watchdog"),
+            ("metadev_path=x,watchdog=dog", "watchdog"),
+            (
+                "metadev_path=x,watchdog_timeout_ms=10",
+                "watchdog_timeout_ms",
+            ),
+            (
+                "metadev_path=x,quorum_heartbeat_timeout_ms=3000,watchdog=helper,watchdog_timeout_ms=3000",
+                "watchdog_timeout_ms",
+            ),
         ] {
             let error = MountOptions::parse(text).unwrap_err();
             assert!(error.to_string().contains(named), "{text}: {error}");

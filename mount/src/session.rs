@@ -301,6 +301,7 @@ impl Session {
     /// Answers a request; false if the kernel does not want the answer, so that
     /// what it would have given must be taken back.
     pub(crate) fn answer(&self, unique: u64, result: Result<(), Errno>, parts: &[&[u8]]) -> bool {
+        let result = result.map_err(for_users);
         self.forget_parked(unique) && self.send(unique, result, parts)
     }
 
@@ -409,6 +410,15 @@ impl Session {
 }
 
 /// Chooses from what the kernel offers.
+/// The error as users know it: a mount that was cut off from its cluster answers as a
+/// device that is gone.
+fn for_users(error: Errno) -> Errno {
+    match error {
+        Errno::ENOLINK | Errno::ECONNABORTED | Errno::ESHUTDOWN => Errno::EIO,
+        other => other,
+    }
+}
+
 fn negotiate(args: &abi::InitIn, flags2: u32, options: &SessionOptions) -> (Agreed, abi::InitOut) {
     let mut offered = u64::from(args.flags);
     if offered & init::INIT_EXT != 0 {

@@ -57,6 +57,10 @@ impl Log {
     /// `Severed`: it may be lost.
     pub async fn sync(&self) -> Result<(), LogError> {
         let inner = &self.inner;
+        if inner.life.get() == Life::Severed {
+            // Also if nothing is lost: who asks is to learn that this mount is.
+            return Err(LogError::Severed);
+        }
         if inner.reopening.get() {
             // The commit is durable and nobody has been let in since: there is
             // nothing that this call could have to wait for.

@@ -24,7 +24,7 @@ use crate::errno::Errno;
 use crate::format::SuperBlock;
 use crate::fs::api::KernelCache;
 use crate::fs::{self, Fs, FsError};
-use crate::guard::WriteGuard;
+use crate::guard::{Standing, WriteGuard};
 use crate::locks::{self, LockError, Locks, Mode};
 use crate::log::merge_worker::MergeWorker;
 use crate::log::{self, Log, LogError};
@@ -39,6 +39,9 @@ use thiserror::Error;
 
 /// How long writes in flight are waited for when the mount is lost.
 const IN_FLIGHT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the kernel may take to forget.
+const FORGET_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The root directory.
 const ROOT: u64 = 1;
@@ -182,6 +185,8 @@ pub struct Mount {
     /// Opened when the mount can not go on by itself: it was fenced or evicted.
     evicted: Gate,
     guard: Rc<WriteGuard>,
+    reports: server::ReportBoard,
+    write_check: Duration,
 }
 
 impl Mount {
@@ -209,8 +214,10 @@ impl Mount {
             config.cluster_key.as_ref(),
         )
         .await?;
-        let agent = start_agent(env, rid, &config, &supers.meta).await?;
-        let mount = Mount::assemble(&guard, rid, config, supers, agent, (meta, data), kernel);
+        let reports = server::ReportBoard::default();
+        let agent = start_agent(env, rid, &config, &supers.meta, &reports).await?;
+        let parts = (agent, reports);
+        let mount = Mount::assemble(&guard, rid, config, supers, parts, (meta, data), kernel);
         let started = match crate::env::race(mount.begin(), give_up.wait()).await {
             crate::env::Either::Left(result) => result,
             crate::env::Either::Right(()) => Err(MountError::GivenUp),
@@ -230,7 +237,7 @@ impl Mount {
         rid: u64,
         config: NodeConfig,
         supers: MountSupers,
-        agent: Option<AgentHandle>,
+        (agent, reports): (Option<AgentHandle>, server::ReportBoard),
         (meta, data): (Rc<dyn BlockDevice>, Rc<dyn BlockDevice>),
         kernel: Rc<dyn KernelCache>,
     ) -> Rc<Mount> {
@@ -289,6 +296,8 @@ impl Mount {
             merges: RefCell::new(None),
             evicted: Gate::default(),
             guard: guard.clone(),
+            reports,
+            write_check: limit,
         })
     }
 
@@ -419,6 +428,67 @@ impl Mount {
         }
     }
 
+    /// The client, for status.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The server's reports, should it run in this mount.
+    pub fn reports(&self) -> &server::ReportBoard {
+        &self.reports
+    }
+
+    /// Whether this mount, and its server if it leads, can show at this moment that
+    /// they may write: the volume says so, and says so now. What it learns on the way
+    /// counts: a mount that is lost stops writing.
+    pub async fn may_write(&self) -> bool {
+        let began = self.env.clock.now();
+        if self.guard.look_now().await != Ok(Standing::Good) {
+            return false;
+        }
+        if let Some(term) = self.leads_in() {
+            let fsid = self.supers.meta.hdr.fsid.get();
+            match server::is_replaced(&self.env, fsid, term).await {
+                Ok(false) => {}
+                // A later leader, or nobody knows.
+                Ok(true) | Err(_) => return false,
+            }
+        }
+        // The looks may have taken long, or this mount was stopped meanwhile.
+        !self.guard.is_shut() && self.env.clock.now().since(began) <= self.write_check
+    }
+
+    /// The term in which this mount leads, or still serves.
+    fn leads_in(&self) -> Option<u64> {
+        let term = self.agent.as_ref()?.status().member.server_start_term;
+        (term != 0).then_some(term)
+    }
+
+    /// Ends the right to write and has the mount forced to end, as when the cluster
+    /// declared it dead.
+    pub fn give_up(&self) {
+        self.guard.shut();
+        self.evicted.open();
+    }
+
+    /// Whether no write of this mount is in flight.
+    pub fn is_quiet(&self) -> bool {
+        self.guard.is_idle()
+    }
+
+    /// Makes the kernel forget everything: nothing of it is true for long when this
+    /// mount is lost. Waits at most as long as a stuck page may take.
+    pub async fn forget_kernel_caches(&self) {
+        let deadline = self.env.clock.now() + FORGET_PATIENCE;
+        let forgotten = self.fs.forget_everything();
+        if timeout(&*self.env.clock, deadline, forgotten)
+            .await
+            .is_none()
+        {
+            tracing::warn!("the kernel does not give up pages of a lost mount");
+        }
+    }
+
     /// The quorum agent's status, of members.
     pub fn quorum_status(&self) -> Option<quorum::AgentStatus> {
         self.agent.as_ref().map(AgentHandle::status)
@@ -442,6 +512,7 @@ async fn start_agent(
     rid: u64,
     config: &NodeConfig,
     meta: &SuperBlock,
+    reports: &server::ReportBoard,
 ) -> Result<Option<AgentHandle>, MountError> {
     let Some(slot) = config.quorum_slot else {
         return Ok(None);
@@ -455,6 +526,7 @@ async fn start_agent(
     };
     let block = config.block.clone();
     let (fence, cluster_key) = (config.fence.clone(), config.cluster_key.clone());
+    let reports = reports.clone();
     let agent_config = AgentConfig {
         fsid,
         rid,
@@ -473,6 +545,7 @@ async fn start_agent(
             block,
             fence,
             cluster_key,
+            reports,
         })
     });
     let agent = AgentHandle::spawn(env, agent_config, config.heartbeat_timeout, make);

@@ -14,6 +14,7 @@ pub mod mkfs;
 pub mod mount;
 pub mod prepare_empty_data_device;
 pub mod print;
+pub mod status;
 pub mod sync;
 pub mod umount;
 pub mod up;
@@ -36,6 +37,8 @@ pub enum Command {
     Umount(umount::Args),
     /// Make a volume in two files and mount it, no flags needed
     Up(up::Args),
+    /// Show clusters at a glance: leader, members, clients, locks, who waits for whom
+    Status(status::Args),
     /// Answer the fence requests of mounts on this host
     Fenced(fenced::Args),
     /// Print all metadata of a volume
@@ -71,6 +74,7 @@ impl Command {
             Self::Mount(_) => "mount",
             Self::Umount(_) => "umount",
             Self::Up(_) => "up",
+            Self::Status(_) => "status",
             Self::Fenced(_) => "fenced",
             Self::Print(_) => "print",
             Self::ChangeFormatVersion(_) => "change-format-version",
@@ -94,6 +98,7 @@ impl Command {
             Self::Mount(args) => done(args.run()),
             Self::Umount(args) => done(args.run()),
             Self::Up(args) => done(args.run()),
+            Self::Status(args) => done(args.run()),
             Self::Fenced(args) => args.run(),
             Self::Print(args) => done(args.run()),
             Self::ChangeFormatVersion(args) => done(args.run()),
