@@ -36,9 +36,7 @@ impl Args {
         let key = if self.id {
             read_key(&self.file)?
         } else {
-            let entropy = SystemEntropy::new()
-                .map_err(|e| CmdError::io("open", Path::new("/dev/urandom"), &e))?;
-            key_file::create(&self.file, &entropy).map_err(failed)?
+            create_key(&self.file)?
         };
         println!("{}", key.id());
         Ok(())
@@ -47,6 +45,13 @@ impl Args {
 
 fn failed(error: KeyFileError) -> CmdError {
     CmdError::new(Errno(error.raw_os_error()), error)
+}
+
+/// Makes a key in a new file.
+pub fn create_key(path: &Path) -> Result<outrider_core::secure::ClusterKey, CmdError> {
+    let entropy =
+        SystemEntropy::new().map_err(|e| CmdError::io("open", Path::new("/dev/urandom"), &e))?;
+    key_file::create(path, &entropy).map_err(failed)
 }
 
 /// The key that a file holds.

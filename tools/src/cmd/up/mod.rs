@@ -36,6 +36,7 @@ const CLUSTER_HEARTBEAT_MS: u64 = 3000;
 #[command(after_help = "Examples:\n  \
     outrider up\n  \
     outrider up /srv/volume\n  \
+    outrider up --nodes 3 --cluster-key     encrypted, with a key of its own\n  \
     outrider up --nodes 3 /srv/volume       (and in another terminal:)\n  \
     outrider up --kill leader /srv/volume   kill -9 the mount that leads\n  \
     outrider up --restart 0 /srv/volume     mount it again\n  \
@@ -51,6 +52,10 @@ pub struct Args {
     /// First port to try for the quorum slots; the next ones follow it.
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..65535))]
     port: Option<u16>,
+    /// Make the volume with a cluster key, in DIR/cluster.key: its mounts authenticate
+    /// each other and encrypt what they say. A volume that has one uses it in any case.
+    #[arg(long)]
+    cluster_key: bool,
     #[command(flatten)]
     order: Orders,
     /// Where the files `meta` and `data` and the mount points `mnt/N` are.
@@ -60,7 +65,7 @@ pub struct Args {
 
 /// Orders to a running `up --nodes`. `K` is a mount's number, or `leader`.
 #[derive(clap::Args, Debug)]
-#[group(multiple = false, conflicts_with_all = ["nodes", "options", "port"])]
+#[group(multiple = false, conflicts_with_all = ["nodes", "options", "port", "cluster_key"])]
 struct Orders {
     /// Kill mount K (a number, or `leader`) of the running cluster, as by kill -9.
     #[arg(long, value_name = "K")]
@@ -110,12 +115,19 @@ impl Args {
             make_dir(&mountpoint(&self.dir, node))?;
         }
         let held = supervisor::hold(&self.dir)?;
-        let slots = volume::settle(&self.dir, nodes, self.port)?;
+        let slots = volume::settle(&self.dir, nodes, self.port, self.cluster_key)?;
+        let key = volume::key(&self.dir).map(|path| format!("cluster_key={}", path.display()));
+        let extra: Vec<String> = key.into_iter().chain(self.options).collect();
+        let extra = extra.join(",");
+        let options = match extra.is_empty() {
+            true => options,
+            false => node_options(nodes, Some(&extra), &self.dir)?,
+        };
         if self.nodes.is_none() {
             return alone(&self.dir, options);
         }
         let dir = fs::canonicalize(&self.dir).map_err(|e| CmdError::io("find", &self.dir, &e))?;
-        let options = self.options.unwrap_or_default();
+        let options = extra;
         let cluster = supervisor::Cluster {
             dir,
             nodes,

@@ -7,11 +7,13 @@
 //! the word of its last mounts and stay.
 
 use crate::block_on::{SystemEntropy, block_on, wall_now};
+use crate::cmd::keygen::{create_key, read_key};
 use crate::error::CmdError;
 use crate::filedev::{Access, FileDevice};
 use outrider_core::env::{DeviceRole, Entropy};
 use outrider_core::errno::Errno;
 use outrider_core::quorum::Slots;
+use outrider_core::secure::{ClusterKey, KeyId};
 use outrider_core::volume::{self, MIN_DEVICE_BYTES, MkfsOptions};
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
@@ -25,15 +27,45 @@ const MEMBERS: usize = 3;
 const FIRST_PORTS: std::ops::Range<u16> = 17_000..30_000;
 
 /// Makes the volume if it is not there, and fits its slots to `nodes` mounts.
-/// Returns how many of them are quorum members: those of the lowest numbers.
-pub fn settle(dir: &Path, nodes: usize, port: Option<u16>) -> Result<usize, CmdError> {
+/// Returns how many of them are quorum members: those of the lowest numbers. A new
+/// volume gets a cluster key if `keyed`; one that is there and has none is refused.
+pub fn settle(dir: &Path, nodes: usize, port: Option<u16>, keyed: bool) -> Result<usize, CmdError> {
     let (meta, data) = (dir.join("meta"), dir.join("data"));
     let wanted = nodes.min(MEMBERS);
     if !meta.exists() || !data.exists() {
-        make(&meta, &data, &free_slots(wanted, port)?)?;
+        let key = match keyed {
+            true => Some(make_key(dir)?),
+            false => key(dir).as_deref().map(read_key).transpose()?,
+        };
+        let key = key.map(|key| key.id());
+        make(&meta, &data, &free_slots(wanted, port)?, key)?;
         return Ok(wanted);
     }
+    if keyed && key(dir).is_none() {
+        let text = format!(
+            "the volume in '{}' was made without a cluster key; `outrider keygen` makes one, and \
+             `outrider change-cluster-key` gives it to a volume that is not mounted",
+            dir.display()
+        );
+        return Err(CmdError::new(Errno::EEXIST, text));
+    }
     fit(&meta, nodes, wanted, port)
+}
+
+/// The file of the volume's key, if it has one.
+pub fn key(dir: &Path) -> Option<PathBuf> {
+    let path = dir.join("cluster.key");
+    path.exists()
+        .then(|| std::path::absolute(&path).unwrap_or(path))
+}
+
+/// A key for a volume that is not made yet: one that is left of an earlier attempt
+/// will do.
+fn make_key(dir: &Path) -> Result<ClusterKey, CmdError> {
+    match key(dir) {
+        Some(path) => read_key(&path),
+        None => create_key(&dir.join("cluster.key")),
+    }
 }
 
 fn fit(meta: &Path, nodes: usize, wanted: usize, port: Option<u16>) -> Result<usize, CmdError> {
@@ -75,7 +107,12 @@ fn fit(meta: &Path, nodes: usize, wanted: usize, port: Option<u16>) -> Result<us
 
 /// Makes the files under other names first, so that a half-made volume is never
 /// taken for a volume.
-fn make(meta: &Path, data: &Path, slots: &[(u64, SocketAddrV4)]) -> Result<(), CmdError> {
+fn make(
+    meta: &Path,
+    data: &Path,
+    slots: &[(u64, SocketAddrV4)],
+    cluster_key: Option<KeyId>,
+) -> Result<(), CmdError> {
     let sparse = |path: &Path| -> Result<PathBuf, CmdError> {
         let path = path.with_extension("new");
         let file = File::create(&path).map_err(|e| CmdError::io("create", &path, &e))?;
@@ -86,6 +123,7 @@ fn make(meta: &Path, data: &Path, slots: &[(u64, SocketAddrV4)]) -> Result<(), C
     let (new_meta, new_data) = (sparse(meta)?, sparse(data)?);
     let options = MkfsOptions {
         slots: slots.to_vec(),
+        cluster_key,
         // Whoever makes it is to use it, root or not.
         owner: (
             rustix::process::geteuid().as_raw(),
@@ -166,13 +204,13 @@ mod tests {
     fn a_clean_volume_gets_as_many_slots_as_fit_and_keeps_them() {
         let dir = tempfile::tempdir().unwrap();
         let meta = dir.path().join("meta");
-        assert_eq!(settle(dir.path(), 5, Some(21_210)).unwrap(), 3);
+        assert_eq!(settle(dir.path(), 5, Some(21_210), false).unwrap(), 3);
         let first = slots(&meta);
         assert_eq!(first.len(), 3);
         assert!(first.iter().all(|addr| addr.ip().is_loopback()));
-        assert_eq!(settle(dir.path(), 4, None).unwrap(), 3);
+        assert_eq!(settle(dir.path(), 4, None, false).unwrap(), 3);
         assert_eq!(slots(&meta), first, "addresses are remembered");
-        assert_eq!(settle(dir.path(), 1, None).unwrap(), 1);
+        assert_eq!(settle(dir.path(), 1, None, false).unwrap(), 1);
         assert_eq!(slots(&meta).len(), 1);
         assert_eq!(leader(&meta), None);
     }
@@ -181,10 +219,10 @@ mod tests {
     fn a_taken_port_is_replaced_on_a_clean_volume() {
         let dir = tempfile::tempdir().unwrap();
         let meta = dir.path().join("meta");
-        settle(dir.path(), 2, Some(21_230)).unwrap();
+        settle(dir.path(), 2, Some(21_230), false).unwrap();
         let before = slots(&meta);
         let _taken = TcpListener::bind(before[1]).unwrap();
-        settle(dir.path(), 2, None).unwrap();
+        settle(dir.path(), 2, None, false).unwrap();
         let after = slots(&meta);
         assert_ne!(after[1], before[1]);
         assert_eq!(after.len(), 2);
