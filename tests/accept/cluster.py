@@ -30,10 +30,13 @@ class Cluster:
     """A volume and its mounts. `loop` puts loop devices over the two files."""
 
     def __init__(self, binary, work, port, nodes=3, heartbeat_ms=2000, loop=False,
-                 options="", mkfs=(), data_bytes=SMALL):
+                 options="", mkfs=(), data_bytes=SMALL, members=None):
         self.binary, self.work, self.port = binary, work, port
         self.nodes, self.heartbeat_ms, self.loop = nodes, heartbeat_ms, loop
         self.options, self.mkfs, self.data_bytes = options, list(mkfs), data_bytes
+        # Mounts of the lowest numbers are quorum members, the others plain clients.
+        self.members = nodes if members is None else members
+        self.run_dir = os.path.join(work, "run")
         self.procs = [None] * nodes
         self.loops = []
 
@@ -61,7 +64,8 @@ class Cluster:
                 setattr(self, name, self.loops[-1])
         slots = []
         for node in range(self.nodes):
-            slots += ["-Q", f"{node},{self.address(node)},{self.port}"]
+            if node < self.members:
+                slots += ["-Q", f"{node},{self.address(node)},{self.port}"]
             os.makedirs(self.mnt(node), exist_ok=True)
         subprocess.run([self.binary, "mkfs", "-f", "-A", *self.mkfs, *slots, self.meta, self.data],
                        check=True, stdout=subprocess.DEVNULL)
@@ -71,8 +75,10 @@ class Cluster:
 
     def start(self, node):
         """Starts a mount without waiting for it."""
-        options = (f"metadev_path={self.meta},quorum_slot_nr={node},"
+        options = (f"metadev_path={self.meta},run_dir={self.run_dir},"
                    f"quorum_heartbeat_timeout_ms={self.heartbeat_ms}")
+        if node < self.members:
+            options += f",quorum_slot_nr={node}"
         if self.options:
             options += "," + self.options
         log = open(os.path.join(self.work, f"log{node}"), "ab")
@@ -109,6 +115,49 @@ class Cluster:
             if proc is not None and self.listens(node):
                 return node
         return None
+
+    def shown_dir(self, node):
+        """The runtime directory of a mount."""
+        for name in os.listdir(self.run_dir):
+            path = os.path.join(self.run_dir, name)
+            try:
+                with open(os.path.join(path, "pid")) as f:
+                    if int(f.read()) == self.pid(node):
+                        return path
+            except (FileNotFoundError, NotADirectoryError, ValueError):
+                pass  # of a mount that comes or goes just now
+        raise FileNotFoundError(f"the runtime directory of mount {node}")
+
+    def shown(self, node, name):
+        """What a file of a mount's runtime directory says."""
+        with open(os.path.join(self.shown_dir(node), name)) as f:
+            return f.read()
+
+    def rid(self, node):
+        return self.shown(node, "rid").strip()
+
+    def says_it_leads(self):
+        """The mounts whose runtime directory says that they lead."""
+        alive = [n for n in range(self.members) if self.procs[n] is not None]
+        return [n for n in alive if self.shown(n, "quorum/is_leader") == "1"]
+
+    def force_unmount(self, node, seconds=30):
+        """The mount ends at once and loses what was not synced.
+
+        By the kernel's `abort` file: `umount -f` of a mount that nobody is waiting on
+        can not be told from `umount` by the daemon, which then commits.
+        """
+        proc, self.procs[node] = self.procs[node], None
+        with open("/proc/self/mountinfo") as table:
+            device = [line.split()[2] for line in table if line.split()[4] == self.mnt(node)]
+        with open(f"/sys/fs/fuse/connections/{device[-1].split(':')[1]}/abort", "w") as f:
+            f.write("1")
+        try:
+            proc.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.procs[node] = proc
+            raise TimeoutError(f"mount {node} goes on after its end") from None
+        self.detach(node)
 
     def listens(self, node):
         try:
