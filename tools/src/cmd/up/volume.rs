@@ -216,6 +216,27 @@ mod tests {
     }
 
     #[test]
+    fn a_volume_is_made_with_a_key_or_stays_without() {
+        let dir = tempfile::tempdir().unwrap();
+        settle(dir.path(), 1, Some(21_250), true).unwrap();
+        let file = key(dir.path()).expect("a key was made");
+        let cluster_key = read_key(&file).unwrap();
+        let device = FileDevice::open(&dir.path().join("meta"), Access::Read).unwrap();
+        let sup = block_on(volume::read_super(&device, DeviceRole::Meta, None)).unwrap();
+        let fsid = sup.hdr.fsid.get();
+        block_on(volume::check_key(&device, fsid, Some(&cluster_key))).unwrap();
+        assert!(block_on(volume::check_key(&device, fsid, None)).is_err());
+        drop(device);
+        for keyed in [true, false] {
+            settle(dir.path(), 1, None, keyed).unwrap();
+        }
+        let plain = tempfile::tempdir().unwrap();
+        settle(plain.path(), 1, Some(21_260), false).unwrap();
+        assert!(settle(plain.path(), 1, None, true).is_err());
+        assert_eq!(key(plain.path()), None);
+    }
+
+    #[test]
     fn a_taken_port_is_replaced_on_a_clean_volume() {
         let dir = tempfile::tempdir().unwrap();
         let meta = dir.path().join("meta");
