@@ -5,9 +5,13 @@
 set -eu
 cd "$(dirname "$0")"
 seconds=${1:-60}
+[ "$seconds" -gt 0 ] || { echo "SECONDS must be above 0" >&2; exit 2; }
 [ $# -gt 0 ] && shift
-[ $# -gt 0 ] || set -- btree_block alloc_list srch super wire fuse_request
+[ $# -gt 0 ] || set -- btree_block btree_ops volume messages alloc_list srch super wire fuse_request
 triple=x86_64-unknown-linux-gnu
+
+# Valid blocks of the golden volumes to start from.
+(cd .. && cargo run --quiet --release -p outrider-core --features testing --example corpus -- fuzz/corpus)
 
 # What cargo-fuzz would set, without its sanitizer: these work on stable Rust.
 coverage="-Cpasses=sancov-module"
@@ -18,8 +22,13 @@ RUSTFLAGS="$coverage --cfg fuzzing" nice cargo build --release --target $triple
 
 for target in "$@"; do
     mkdir -p "corpus/$target" "artifacts/$target"
+    case $target in
+        btree_block|alloc_list|srch) longest=65536 ;;
+        volume|btree_ops|messages) longest=400 ;;
+        *) longest=8192 ;;
+    esac
     echo "== $target, $seconds s"
     nice "target/$triple/release/$target" "corpus/$target" \
-        -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=8192 \
-        -artifact_prefix="artifacts/$target/" -print_final_stats=1
+        -max_total_time="$seconds" -timeout=30 -rss_limit_mb=2048 -max_len=$longest \
+        -artifact_prefix="artifacts/$target/" -len_control=0 -print_final_stats=1
 done

@@ -14,6 +14,8 @@ pub mod errno;
 pub mod format;
 pub mod fs;
 pub mod guard;
+#[cfg(any(test, feature = "testing"))]
+pub mod hurt;
 pub mod locks;
 pub mod log;
 pub mod node;

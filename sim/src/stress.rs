@@ -13,6 +13,10 @@ use outrider_core::node::NodeConfig;
 use serde::{Deserialize, Serialize};
 
 const MIB: u64 = 1 << 20;
+/// Metadata of tight worlds: the first list of mkfs, the server's two lists, a mount's
+/// list and the reserve, and little more.
+const TIGHT_META: u64 = 128 * MIB;
+const CRAMPED_META: u64 = 80 * MIB;
 /// Names that only bursts use.
 const BURST_NAMES: u8 = 100;
 
@@ -39,6 +43,9 @@ pub struct Stress {
     /// Half the usual lists and reserves, on a metadata device so small that freed
     /// blocks are soon used again.
     pub tight: bool,
+    /// With `tight`: a device that is full, but for the reserve, when it is new. Most
+    /// calls that need space are refused; deleting and leaving must work all the same.
+    pub cramped: bool,
     /// Chance that a read is slow, in thousandths ...
     pub slow_reads: u16,
     /// ... and how slow, in nanoseconds at most.
@@ -63,6 +70,7 @@ impl Stress {
             extents_per_change: some(600, rng.pick(&[1, 2])) as u8,
             finalize_height: some(600, 1) as u8,
             tight: profile != Profile::Full && rng.chance(400),
+            cramped: false,
             slow_reads: if slow { rng.pick(&[20, 100, 300]) } else { 0 },
             slow_by: rng.pick(&[5_000_000, 50_000_000, 1_000_000_000]),
             merge_blocks: some(500, rng.pick(&[16, 24])) as u8,
@@ -73,6 +81,7 @@ impl Stress {
             stress.item_bytes = 1024;
             stress.slow_reads = rng.pick(&[30, 100]);
             stress.slow_by = rng.pick(&[100_000_000, 1_000_000_000]);
+            stress.cramped = rng.chance(200);
         }
         stress
     }
@@ -85,7 +94,11 @@ impl Stress {
     /// Changes what is drawn for the whole world.
     pub fn resize(&self, config: &mut Config) {
         if self.tight {
-            config.meta_size = 80 * MIB;
+            config.meta_size = if self.cramped {
+                CRAMPED_META
+            } else {
+                TIGHT_META
+            };
         }
     }
 
@@ -105,8 +118,8 @@ impl Stress {
         if self.tight {
             block.list_max = 300;
             block.list_rotate = 75;
-            block.meta_fill_lo = 60;
-            block.meta_fill_target = 120;
+            block.meta_fill_lo = 220;
+            block.meta_fill_target = 240;
             block.client_low = 8;
             block.merge_fill = 60;
             block.commit_budget = 75;

@@ -143,6 +143,25 @@ impl Policy {
             "a size is zero"
         );
     }
+
+    /// Checks what a server relies on besides: a list that counts as full enough to
+    /// need no filling must admit a holder, with its budget and the commit's own. Else
+    /// a worn list makes every holder wait for a commit that does not help.
+    ///
+    /// # Panics
+    /// As [`Policy::assert_sane`].
+    pub fn assert_serves(&self) {
+        assert!(
+            self.meta_fill_lo >= 2 * self.commit_budget
+                && self.meta_fill_target >= self.meta_fill_lo
+                && self.list_max >= self.meta_fill_target,
+            "a list that is full enough admits no holder"
+        );
+        assert!(
+            self.commit_budget > self.move_budget && self.commit_budget > self.free_commit_limit,
+            "a holder may use more than its budget"
+        );
+    }
 }
 
 impl Default for Policy {
@@ -188,7 +207,9 @@ mod tests {
         let policy = Policy::default();
         let reserves: Vec<u64> = (0..5).map(|n| policy.reserve(n)).collect();
         assert_eq!(reserves, [34681, 34681, 52992, 71303, 89614]);
-        policy.assert_sane();
-        Policy::small().assert_sane();
+        for policy in [policy, Policy::small()] {
+            policy.assert_sane();
+            policy.assert_serves();
+        }
     }
 }

@@ -68,6 +68,40 @@ pub(super) async fn read_block(
     Ok(block)
 }
 
+/// Whether a block lies where its parent says. Without that, moving items between
+/// siblings would make items twice; and parents that are reached by more ways than one
+/// would make walks of exponential length.
+fn check_place(b: &[u8], block_ref: &BlockRef, covered: &Covered) -> Result<(), BtreeError> {
+    let (first, last) = (avl::first(b), avl::last(b));
+    if first == NONE {
+        return Ok(());
+    }
+    let (first, last) = (layout::key(b, first), layout::key(b, last));
+    if first < covered.start || last > covered.end {
+        let (start, end) = (covered.start, covered.end);
+        let what = format!("its items {first} to {last} are outside of {start} to {end}");
+        return Err(corrupt(block_ref, what));
+    }
+    check_end(b, block_ref, covered)
+}
+
+/// The part of [`check_place`] that reads need: the last key of a parent that is not
+/// the root is the key of its own item above.
+fn check_end(b: &[u8], block_ref: &BlockRef, covered: &Covered) -> Result<(), BtreeError> {
+    if layout::is_leaf(b) {
+        return Ok(());
+    }
+    match avl::last(b) {
+        NONE => Err(corrupt(block_ref, "a parent without children".into())),
+        off if layout::key(b, off) == covered.end => Ok(()),
+        off => {
+            let (last, end) = (layout::key(b, off), covered.end);
+            let what = format!("its last key is {last}, its parent says {end}");
+            Err(corrupt(block_ref, what))
+        }
+    }
+}
+
 pub(super) fn corrupt(block_ref: &BlockRef, what: String) -> BtreeError {
     BtreeError::Block(BlockError::Corrupt(Corruption {
         blkno: block_ref.blkno.get(),
@@ -114,6 +148,9 @@ pub(super) async fn walk_read(
         if level == stop_level {
             return Ok(Some((block_ref, block, covered)));
         }
+        if level + 1 < root.height {
+            check_end(block.bytes(), &block_ref, &covered)?;
+        }
         let off = find_child(block.bytes(), &block_ref, key)?;
         covered.descend(block.bytes(), off);
         block_ref = layout::child_ref(block.bytes(), off);
@@ -157,6 +194,17 @@ struct Parent {
     blkno: u64,
     off: usize,
     level: u8,
+    /// The keys of the parent itself.
+    covered: Covered,
+}
+
+impl Parent {
+    /// The keys of the child at slot `off`.
+    fn child(&self, tx: &Tx, off: usize) -> Covered {
+        let mut covered = self.covered;
+        tx.view(self.blkno, |b| covered.descend(b, off));
+        covered
+    }
 }
 
 /// Bytes below which a block is refilled: a quarter.
@@ -239,12 +287,18 @@ async fn descend_dirty(
                 is_root: parent.is_none(),
             })));
         }
+        let above = covered;
         let (off, child) = tx.view(blkno, |b| {
             let off = find_child(b, &block_ref, key)?;
             covered.descend(b, off);
             Ok::<_, BtreeError>((off, layout::child_ref(b, off)))
         })?;
-        parent = Some(Parent { blkno, off, level });
+        parent = Some(Parent {
+            blkno,
+            off,
+            level,
+            covered: above,
+        });
         block_ref = child;
         level -= 1;
     }
@@ -259,8 +313,12 @@ async fn dirty_child(
     level: u8,
 ) -> Result<(), BtreeError> {
     let block = read_block(tx.cache(), block_ref, level).await?;
+    if let Some(above) = parent {
+        check_place(block.bytes(), block_ref, &above.child(tx, above.off))?;
+    }
     let old = *block_ref;
     tx.dirty_from(block_ref, &block, Magic::Btree).await?;
+    drop(block);
     if old != *block_ref {
         match parent {
             None => root.block_ref = *block_ref,

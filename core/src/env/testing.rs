@@ -507,16 +507,26 @@ impl Executor {
     /// # Panics
     /// If everything waits and no timer is set.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.drive(future, u64::MAX)
+            .expect("a run without a limit ends with its future")
+    }
+
+    /// As [`Executor::block_on`], for at most so many turns, each of which polls every
+    /// ready task or moves the clock. `None` if they are used up.
+    ///
+    /// # Panics
+    /// If everything waits and no timer is set.
+    pub fn drive<T>(&self, future: impl Future<Output = T>, turns: u64) -> Option<T> {
         let mut future = std::pin::pin!(future);
         let main = Arc::new(Flag(AtomicBool::new(true)));
         let waker = Waker::from(main.clone());
-        loop {
+        for _ in 0..turns {
             let mut progress = false;
             if main.0.swap(false, Ordering::AcqRel) {
                 progress = true;
                 let polled = future.as_mut().poll(&mut Context::from_waker(&waker));
                 if let Poll::Ready(out) = polled {
-                    return out;
+                    return Some(out);
                 }
             }
             progress |= self.turn();
@@ -530,6 +540,7 @@ impl Executor {
                 panic!("deadlock: the main future and all tasks wait: {names:?}");
             }
         }
+        None
     }
 }
 

@@ -119,6 +119,7 @@ impl Store {
         block_policy: Rc<crate::block::Policy>,
         fsid: u64,
     ) -> Result<Rc<Self>> {
+        block_policy.assert_serves();
         let meta = env.devices.open(DeviceRole::Meta)?;
         let data = env.devices.open(DeviceRole::Data)?;
         let clock = &*env.clock;

@@ -8,13 +8,18 @@ use std::collections::BTreeMap;
 use std::io::Read;
 
 /// The devices of a golden volume.
-pub(crate) struct Golden {
+pub struct Golden {
+    /// The metadata device.
     pub meta: MemDevice,
+    /// The data device.
     pub data: MemDevice,
 }
 
 /// Unpacks a volume by name: `a`, `a1`, `asmall`, `b` or `c1`.
-pub(crate) fn golden(name: &str) -> Golden {
+///
+/// # Panics
+/// If the repository's archives are not there, or damaged.
+pub fn golden(name: &str) -> Golden {
     let path = format!(
         "{}/tests/golden/{name}.img.tar.zst",
         env!("CARGO_MANIFEST_DIR")

@@ -28,7 +28,7 @@ pub use superblock::{
     read_mount_supers, read_quorum_block, read_small, read_super, read_super_retrying, write_super,
 };
 
-#[cfg(test)]
-pub(crate) mod golden;
+#[cfg(any(test, feature = "testing"))]
+pub mod golden;
 #[cfg(test)]
 mod tests;

@@ -374,6 +374,7 @@ impl Disk {
         } else {
             0
         };
+        self.sim.note_delay(slow);
         slow + timing.base + self.rng.below(timing.spread + 1) + flush + sectors * timing.per_sector
     }
 

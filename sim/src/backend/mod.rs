@@ -62,9 +62,21 @@ pub struct Sim {
     running: Cell<u32>,
     reached: RefCell<BTreeMap<u32, &'static str>>,
     next_task: Cell<u64>,
+    /// Nanoseconds by which slow reads were delayed, all of them together.
+    delayed: Cell<u64>,
 }
 
 impl Sim {
+    /// Nanoseconds by which reads were made slow until now: a lower bound for how long
+    /// work that waits for them can take.
+    pub fn delayed(&self) -> u64 {
+        self.delayed.get()
+    }
+
+    fn note_delay(&self, by: u64) {
+        self.delayed.set(self.delayed.get().saturating_add(by));
+    }
+
     /// Must be called inside the executor; starts the timer task.
     pub fn new(seed: u64, trace: Trace) -> Rc<Self> {
         let sim = Rc::new(Self {
@@ -86,6 +98,7 @@ impl Sim {
             running: Cell::new(0),
             reached: RefCell::default(),
             next_task: Cell::new(0),
+            delayed: Cell::new(0),
         });
         let driver = madsim::task::spawn_local(run_timers(Rc::downgrade(&sim)));
         *sim.driver.borrow_mut() = Some(driver);
