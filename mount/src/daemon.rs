@@ -52,6 +52,9 @@ const DETACHED_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long users of a mount that was declared dead are answered EIO before it ends.
 const LOST_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a mount waits for the daemon of the one before, and how often it looks.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(60);
+const PREDECESSOR_PERIOD: Duration = Duration::from_millis(20);
 
 /// What to mount where.
 #[derive(Clone, Debug)]
@@ -322,7 +325,7 @@ fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
         .write(true)
         .open(&path)
         .map_err(fail)?;
-    if !try_lock_file(&file).map_err(fail)? {
+    if !wait_for_predecessor(&file, mountpoint).map_err(fail)? {
         return Err(DaemonError::Path {
             path: mountpoint.to_owned(),
             source: io::Error::other("another daemon serves this mount point"),
@@ -332,6 +335,27 @@ fn hold_run_file(mountpoint: &Path) -> Result<File, DaemonError> {
     io::Write::write_all(&mut &file, format!("{}\n", std::process::id()).as_bytes())
         .map_err(fail)?;
     Ok(file)
+}
+
+/// Locks the run file; false if the mount point is in use. `umount(8)` may return
+/// before the daemon has committed: one that still holds the file while nothing is
+/// mounted there is on its way out.
+#[allow(clippy::disallowed_methods)] // no actor runs yet
+fn wait_for_predecessor(file: &File, mountpoint: &Path) -> io::Result<bool> {
+    let rounds = PREDECESSOR_PATIENCE.as_nanos() / PREDECESSOR_PERIOD.as_nanos();
+    for round in 0..rounds {
+        if try_lock_file(file)? {
+            return Ok(true);
+        }
+        if kernel::mounts()?.iter().any(|m| m.mountpoint == mountpoint) {
+            return Ok(false);
+        }
+        if round == 0 {
+            tracing::info!("waiting for the daemon of the mount before to end");
+        }
+        std::thread::sleep(PREDECESSOR_PERIOD);
+    }
+    Ok(false)
 }
 
 /// What a mount is given beside its options.
@@ -691,6 +715,28 @@ mod tests {
         assert_eq!(Word::read(&file).unwrap(), Word::None, "it still runs");
         leave_word(&file, result).unwrap();
         Word::read(&file).unwrap()
+    }
+
+    #[test]
+    #[allow(clippy::disallowed_methods)] // real threads and files
+    fn a_mount_waits_for_the_daemon_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run");
+        let leaving = File::create(&path).unwrap();
+        assert!(try_lock_file(&leaving).unwrap());
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            drop(leaving);
+        });
+        let next = File::options().write(true).open(&path).unwrap();
+        assert!(wait_for_predecessor(&next, dir.path()).unwrap());
+        ends.join().unwrap();
+        // Where something of ours is mounted, nobody waits.
+        let other = File::options().write(true).open(&path).unwrap();
+        let mounted = kernel::mounts().unwrap();
+        if let Some(mounted) = mounted.first() {
+            assert!(!wait_for_predecessor(&other, &mounted.mountpoint).unwrap());
+        }
     }
 
     #[test]

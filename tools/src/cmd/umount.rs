@@ -10,7 +10,9 @@ use std::path::PathBuf;
 /// Unmount a volume; returns when its daemon has committed and ended.
 ///
 /// `umount(8)` returns earlier, when the kernel is done, unless it finds this
-/// program as /sbin/umount.fuse.outrider.
+/// program as /sbin/umount.fuse.outrider; newer ones look for it only where the mount
+/// has an entry in /run/mount/utab, which the option _netdev makes `mount -t` write.
+/// A mount at the same place waits for the daemon before it in any case.
 ///
 /// Exit code 0: everything is committed (with -f: the mount has ended). 1: it is
 /// still mounted, or it has ended without committing everything; stderr says which.
