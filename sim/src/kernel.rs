@@ -43,6 +43,8 @@ const KEEP_SIZE: u32 = 1;
 /// `RENAME_NOREPLACE`.
 const NOREPLACE: u32 = 1;
 const UMASK: u32 = 0o022;
+/// In `Maps::changing`: an inode whose number the kernel's names do not tell.
+const ANY: Ino = 0;
 
 /// Where calls and answers are written down.
 pub trait Recorder {
@@ -154,7 +156,7 @@ impl Caches {
         // Linux would show what it was until the change is answered, also to who has
         // seen the change by an uncached call. No filesystem can do anything about
         // that, so it is left out here.
-        if maps.changing.contains_key(&ino) {
+        if maps.changing.contains_key(&ino) || maps.changing.contains_key(&ANY) {
             return None;
         }
         (self.enabled && cached.until > self.sim.now()).then_some(cached.attr)
@@ -175,6 +177,22 @@ impl Caches {
             if *count == 0 {
                 changing.remove(&ino);
             }
+        }
+    }
+
+    /// The inodes whose names a call takes away or moves: their attributes change, too.
+    fn inodes_of_names(&self, call: &Call) -> Vec<Ino> {
+        let maps = self.maps.borrow();
+        let of = |dir: &Ino, name: &Bytes| match maps.names.get(&(*dir, name.clone())) {
+            Some((ino, _)) if *ino != 0 => *ino,
+            _ => ANY,
+        };
+        match call {
+            Call::Unlink { dir, name } | Call::Rmdir { dir, name } => vec![of(dir, name)],
+            Call::Rename {
+                dir, name, to, new, ..
+            } => vec![of(dir, name), of(to, new)],
+            _ => Vec::new(),
         }
     }
 
@@ -364,7 +382,10 @@ impl<P: Posix> Kernel<P> {
         let mut opened = None;
         let changes: Vec<Ino> = match call {
             call if call.is_read_only() => Vec::new(),
-            call => call.subjects().into_iter().flatten().collect(),
+            call => {
+                let names = self.caches.inodes_of_names(call);
+                call.subjects().into_iter().flatten().chain(names).collect()
+            }
         };
         changes
             .iter()

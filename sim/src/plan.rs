@@ -452,8 +452,8 @@ impl Plan {
         )
     }
 
-    /// The plan of a seed with what [`Plan::from_seed`] draws and, in half of the
-    /// seeds, with sizes drawn tiny, slow reads and bursts.
+    /// The plan of a seed with what [`Plan::from_seed`] draws and, in most of the
+    /// seeds, with sizes drawn tiny, slow reads, faults and bursts that fit together.
     pub fn stressed(seed: u64, profile: Option<Profile>) -> Plan {
         let mut plan = Self::from_seed(seed, profile);
         if plan.cluster.is_some() {
@@ -461,7 +461,7 @@ impl Plan {
         }
         plan.config.stress = Stress::draw(seed, plan.config.profile);
         plan.config.stress.clone().resize(&mut plan.config);
-        add_bursts(seed, &plan.config, &mut plan.lives);
+        add_bursts(seed, &mut plan.config, &mut plan.lives);
         plan
     }
 

@@ -2,23 +2,83 @@
 //! reads that are now and then very slow, and bursts of operations that lead to
 //! states a random mix seldom visits.
 //!
+//! Most worlds are about one thing, their [`Theme`]: sizes, faults and operations
+//! that meet at one kind of state. What is rare as a product of independent draws
+//! is frequent there.
+//!
 //! Everything here is drawn from streams of its own, so a seed keeps the rest of
-//! its plan; half of all worlds have none of it. What can go wrong: a world so
-//! tight that it does nothing but fail. Every size stays above what one operation
-//! needs, and running out of space is a permitted answer where `tight` is set.
+//! its plan. What can go wrong: a world so tight that it does nothing but fail.
+//! Every size stays above what one operation needs, lists stay in the relations
+//! that the server's gate relies on, and running out of space is a permitted answer
+//! where `tight` is set.
 
-use crate::plan::{Config, End, LifePlan, Loss, PlanOp, Profile, When, Window};
+mod bursts;
+
+use crate::plan::{Config, Profile};
 use crate::rng::Stream;
 use outrider_core::node::NodeConfig;
 use serde::{Deserialize, Serialize};
 
+pub use bursts::add_bursts;
+
 const MIB: u64 = 1 << 20;
 /// Metadata of tight worlds: the first list of mkfs, the server's two lists, a mount's
 /// list and the reserve, and little more.
-const TIGHT_META: u64 = 128 * MIB;
+const TIGHT_META: u64 = 144 * MIB;
 const CRAMPED_META: u64 = 80 * MIB;
-/// Names that only bursts use.
-const BURST_NAMES: u8 = 100;
+
+/// What a stressed world is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Theme {
+    /// Any sizes, any bursts.
+    Mixed,
+    /// Truncates that a power loss interrupts.
+    Torn,
+    /// Commits that fail again and again, with items that change all the time.
+    Flaky,
+    /// Flushes that fail, and a power loss soon after.
+    Unflushed,
+    /// Transactions that grow until their blocks run out.
+    Fat,
+    /// Lists of freed blocks that nobody empties.
+    Worn,
+    /// Merges, frees and takeovers that are cut off in the middle.
+    Merging,
+    /// Mounts that are cut off while everybody waits for locks.
+    Severed,
+    /// Reads that overlap commits.
+    Late,
+    /// Reads of blocks that are used again meanwhile.
+    Reuse,
+}
+
+/// Themes with their weights; the rest of a thousand has none.
+const THEMES: [(Theme, u64); 10] = [
+    (Theme::Mixed, 220),
+    (Theme::Torn, 60),
+    (Theme::Flaky, 60),
+    (Theme::Unflushed, 60),
+    (Theme::Fat, 60),
+    (Theme::Worn, 60),
+    (Theme::Merging, 80),
+    (Theme::Severed, 60),
+    (Theme::Late, 90),
+    (Theme::Reuse, 130),
+];
+
+impl Theme {
+    /// Draws it for a seed.
+    pub fn draw(seed: u64) -> Option<Self> {
+        let mut number = Stream::new(seed, "theme", 0).below(1000);
+        for (theme, weight) in THEMES {
+            if number < weight {
+                return Some(theme);
+            }
+            number -= weight;
+        }
+        None
+    }
+}
 
 /// Sizes and delays beyond the usual ones. The default changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,12 +100,22 @@ pub struct Stress {
     pub finalize_height: u8,
     /// Dirty blocks at which a step of a merge ends; 0 leaves it.
     pub merge_blocks: u8,
-    /// Half the usual lists and reserves, on a metadata device so small that freed
-    /// blocks are soon used again.
+    /// A metadata device so small that freed blocks are soon used again; with short
+    /// lists.
     pub tight: bool,
     /// With `tight`: a device that is full, but for the reserve, when it is new. Most
     /// calls that need space are refused; deleting and leaving must work all the same.
     pub cramped: bool,
+    /// A quarter of the usual lists, budgets and reserves.
+    pub short_lists: bool,
+    /// Runs of freed blocks taken back in one commit; 0 leaves it.
+    pub empty_runs: u8,
+    /// Entries that one move of free extents may use; 0 leaves it.
+    pub move_budget: u8,
+    /// Fraction of a list at which pending items are put in the tree; 0 leaves it.
+    pub pending_divisor: u32,
+    /// Whether commits and file data are always made durable by flushes.
+    pub always_flush: bool,
     /// Chance that a read is slow, in thousandths ...
     pub slow_reads: u16,
     /// ... and how slow, in nanoseconds at most.
@@ -56,9 +126,14 @@ impl Stress {
     /// Draws it for a seed.
     pub fn draw(seed: u64, profile: Profile) -> Self {
         let rng = Stream::new(seed, "stress", 0);
-        if rng.chance(500) {
-            return Self::default();
+        match Theme::draw(seed) {
+            None => Self::default(),
+            Some(Theme::Mixed) => Self::mixed(&rng, profile),
+            Some(theme) => Self::of_theme(theme, &rng),
         }
+    }
+
+    fn mixed(rng: &Stream, profile: Profile) -> Self {
         let some = |permille, value: u32| if rng.chance(permille) { value } else { 0 };
         let slow = rng.chance(500);
         let mut stress = Self {
@@ -71,6 +146,11 @@ impl Stress {
             finalize_height: some(600, 1) as u8,
             tight: profile != Profile::Full && rng.chance(400),
             cramped: false,
+            short_lists: rng.chance(300),
+            empty_runs: some(200, rng.pick(&[4, 20])) as u8,
+            move_budget: some(300, rng.pick(&[1, 20])) as u8,
+            pending_divisor: some(300, rng.pick(&[1000, 60])),
+            always_flush: rng.chance(200),
             slow_reads: if slow { rng.pick(&[20, 100, 300]) } else { 0 },
             slow_by: rng.pick(&[5_000_000, 50_000_000, 1_000_000_000]),
             merge_blocks: some(500, rng.pick(&[16, 24])) as u8,
@@ -84,6 +164,77 @@ impl Stress {
             stress.cramped = rng.chance(200);
         }
         stress
+    }
+
+    fn of_theme(theme: Theme, rng: &Stream) -> Self {
+        let usual = Self::default();
+        match theme {
+            Theme::Mixed => usual,
+            Theme::Torn => Self {
+                extents_per_change: 1,
+                inodes_per_lock: rng.pick(&[0, 1]),
+                ..usual
+            },
+            Theme::Flaky => Self {
+                pending_divisor: 1000,
+                item_bytes: rng.pick(&[0, 1024]),
+                always_flush: rng.chance(500),
+                ..usual
+            },
+            Theme::Unflushed => Self {
+                always_flush: true,
+                ..usual
+            },
+            Theme::Fat => Self {
+                btree_space: 5120,
+                short_lists: true,
+                pending_divisor: rng.pick(&[0, 1000]),
+                ..usual
+            },
+            Theme::Worn => Self {
+                btree_space: 5120,
+                short_lists: true,
+                finalize_height: rng.pick(&[1, 2]),
+                empty_runs: rng.pick(&[1, 2, 4]),
+                ..usual
+            },
+            Theme::Merging => Self {
+                btree_space: 5120,
+                finalize_height: 1,
+                move_budget: rng.pick(&[0, 1, 1]),
+                merge_blocks: rng.pick(&[0, 16]),
+                slow_reads: rng.pick(&[0, 300]),
+                slow_by: 20_000_000,
+                cache_blocks: rng.pick(&[0, 6]),
+                ..usual
+            },
+            Theme::Severed => Self {
+                idle_locks: 1,
+                inodes_per_lock: 1,
+                item_bytes: 1,
+                ..usual
+            },
+            Theme::Late => Self {
+                btree_space: rng.pick(&[0, 5120]),
+                cache_blocks: 2,
+                item_bytes: rng.pick(&[1024, 2048, 4096]),
+                slow_reads: rng.pick(&[300, 600]),
+                slow_by: rng.pick(&[5_000_000, 50_000_000, 500_000_000]),
+                finalize_height: rng.pick(&[0, 1]),
+                ..usual
+            },
+            Theme::Reuse => Self {
+                btree_space: 5120,
+                // The server's blocks stay, those of a reader of everything do not.
+                cache_blocks: rng.pick(&[12, 16]),
+                item_bytes: 1024,
+                finalize_height: 1,
+                tight: true,
+                slow_reads: rng.pick(&[20, 60, 150]),
+                slow_by: rng.pick(&[200_000_000, 700_000_000]),
+                ..usual
+            },
+        }
     }
 
     /// Whether it changes nothing.
@@ -115,19 +266,41 @@ impl Stress {
         if self.cache_blocks > 0 {
             block.cache_blocks = self.cache_blocks as usize;
         }
-        if self.tight {
-            block.list_max = 300;
-            block.list_rotate = 75;
-            block.meta_fill_lo = 220;
-            block.meta_fill_target = 240;
+        if self.tight || self.short_lists {
+            // A holder needs its budget and the commit's, a merge's end two units
+            // and a budget; a list that is not filled must have that, and a freed
+            // list that is not rotated room for it.
+            block.list_max = 160;
+            block.list_rotate = 100;
+            block.meta_fill_lo = 140;
+            block.meta_fill_target = 150;
             block.client_low = 8;
             block.merge_fill = 60;
-            block.commit_budget = 75;
-            block.move_budget = 65;
+            block.commit_budget = 48;
+            block.splice_unit = 24;
+            block.move_budget = 46;
             block.free_budget = 8;
-            block.free_commit_limit = 50;
-            block.reserve_server = 100;
-            block.reserve_client = 150;
+            block.free_commit_limit = 40;
+            block.reserve_server = 300;
+            block.reserve_client = 370;
+        }
+        if self.tight {
+            // What is free is in use all the time.
+            block.reserve_server = 200;
+            block.reserve_client = 50;
+        }
+        if self.empty_runs > 0 {
+            block.empty_runs = u32::from(self.empty_runs);
+        }
+        if self.move_budget > 0 {
+            block.move_budget = u32::from(self.move_budget);
+        }
+        if self.always_flush {
+            block.fua_requests = 0;
+            config.fs.data.fua_requests = 0;
+        }
+        if self.pending_divisor > 0 {
+            config.log.pending_divisor = self.pending_divisor;
         }
         if self.item_bytes > 0 {
             config.log.cache_bytes = self.item_bytes as usize;
@@ -144,226 +317,5 @@ impl Stress {
         if self.finalize_height > 0 {
             config.server.finalize_height = self.finalize_height;
         }
-    }
-}
-
-/// Adds bursts to the lives of a stressed world.
-pub fn add_bursts(seed: u64, config: &Config, lives: &mut [LifePlan]) {
-    if config.stress.is_none() {
-        return;
-    }
-    let rng = Stream::new(seed, "bursts", 0);
-    let mut torn = false;
-    for number in 0..lives.len() {
-        let last = number + 1 == lives.len();
-        let life = &mut lives[number];
-        if std::mem::take(&mut torn) {
-            life.windows.insert(0, grow_everything(&rng));
-        }
-        if !rng.chance(500) {
-            continue;
-        }
-        let at = rng.below(life.windows.len() as u64 + 1) as usize;
-        let burst = match rng.below(3) {
-            0 => churn(&rng),
-            1 => hot_objects(&rng),
-            _ if last => hot_objects(&rng),
-            _ => {
-                torn = true;
-                life.end = End::PowerLoss(When::Operations(u32::MAX), loss(&rng));
-                torn_truncates(&rng)
-            }
-        };
-        life.windows.splice(at..at, burst);
-        if torn {
-            // What follows the burst would outlive the crash it is about.
-            life.windows.truncate(at + 2);
-        }
-    }
-    if config.stress.tight {
-        keep_sizes(lives);
-    }
-}
-
-fn loss(rng: &Stream) -> Loss {
-    rng.pick(&[
-        Loss::AllUnflushed,
-        Loss::Nothing,
-        Loss::Sectors,
-        Loss::Writes,
-    ])
-}
-
-fn any(rng: &Stream) -> u16 {
-    rng.below(1 << 16) as u16
-}
-
-/// A growing fallocate that runs out of space may stop anywhere.
-fn keep_sizes(lives: &mut [LifePlan]) {
-    let windows = lives.iter_mut().flat_map(|life| &mut life.windows);
-    for op in windows.flat_map(|window| window.tasks.iter_mut().flatten()) {
-        if let PlanOp::Fallocate { keep, .. } = op {
-            *keep = true;
-        }
-    }
-}
-
-/// Makes many items, lets them be merged, deletes most of them: trees grow
-/// leaves and lose them, and blocks are used again.
-fn churn(rng: &Stream) -> Vec<Window> {
-    let count = rng.pick(&[20u8, 50, 100]);
-    let mut made = Vec::new();
-    for n in 0..count {
-        let (dir, name) = (0, BURST_NAMES + n);
-        made.push(PlanOp::Create {
-            dir,
-            name,
-            excl: false,
-            hold: false,
-        });
-        if rng.chance(700) {
-            made.push(PlanOp::Setxattr {
-                obj: any(rng),
-                name: rng.below(8) as u8,
-                len: rng.pick(&[100, 870, 896, 3000]),
-                how: 0,
-            });
-        }
-    }
-    let mut gone: Vec<PlanOp> = Vec::new();
-    for n in 0..count {
-        let (dir, name) = (0, BURST_NAMES + n);
-        let op = if rng.chance(900) {
-            PlanOp::Unlink { dir, name }
-        } else {
-            PlanOp::Removexattr {
-                obj: any(rng),
-                name: rng.below(8) as u8,
-            }
-        };
-        gone.insert(rng.below(gone.len() as u64 + 1) as usize, op);
-    }
-    let pause = || vec![PlanOp::Pause { micros: 6_000_000 }, PlanOp::Syncfs];
-    let window = |tasks, sync| Window {
-        tasks,
-        sync,
-        audit: rng.chance(200),
-    };
-    let deal = |ops: Vec<PlanOp>, hands: usize| {
-        let mut tasks = vec![Vec::new(); hands];
-        for (n, op) in ops.into_iter().enumerate() {
-            tasks[n % hands].push(op);
-        }
-        tasks
-    };
-    vec![
-        window(deal(made, rng.pick(&[1, 2])), true),
-        window(vec![pause()], true),
-        window(deal(gone, rng.pick(&[1, 3])), rng.chance(500)),
-        window(vec![pause()], rng.chance(500)),
-    ]
-}
-
-/// A few objects that are changed, synced and read by several tasks at once.
-fn hot_objects(rng: &Stream) -> Vec<Window> {
-    let tasks = rng.pick(&[3u64, 5, 8]);
-    let objects: Vec<u16> = (0..3).map(|_| any(rng)).collect();
-    let op = |writer: bool| {
-        let obj = rng.pick(&objects);
-        let (dir, name) = (0, rng.below(4) as u8);
-        let xattr = rng.below(3) as u8;
-        if !writer {
-            return match rng.below(4) {
-                0 => PlanOp::Lookup { dir, name },
-                1 => PlanOp::Getattr { obj },
-                2 => PlanOp::Listxattr { obj },
-                _ => PlanOp::Getxattr { obj, name: xattr },
-            };
-        }
-        match rng.below(8) {
-            0..=2 => PlanOp::Setxattr {
-                obj,
-                name: xattr,
-                len: rng.pick(&[5, 100]),
-                how: 0,
-            },
-            3 => PlanOp::Removexattr { obj, name: xattr },
-            4 => PlanOp::Chmod {
-                obj,
-                mode: rng.below(0o1000) as u16,
-            },
-            5 => PlanOp::Create {
-                dir,
-                name,
-                excl: false,
-                hold: false,
-            },
-            _ => PlanOp::Syncfs,
-        }
-    };
-    let window = |_| Window {
-        tasks: (0..tasks)
-            .map(|task| (0..10).map(|_| op(task % 2 == 0)).collect())
-            .collect(),
-        sync: rng.chance(300),
-        audit: rng.chance(300),
-    };
-    (0..3).map(window).collect()
-}
-
-/// Files of many extents that are cut while others sync, and a crash in between.
-fn torn_truncates(rng: &Stream) -> Vec<Window> {
-    let files: Vec<u16> = (0..5).map(|_| any(rng)).collect();
-    let mut wrote = vec![PlanOp::Create {
-        dir: 0,
-        name: 0,
-        excl: false,
-        hold: false,
-    }];
-    for block in 0..16u64 {
-        wrote.extend(files.iter().map(|file| PlanOp::Write {
-            file: *file,
-            offset: block * 8192,
-            len: 4096,
-            sync: false,
-        }));
-    }
-    let cut = |file: &u16| {
-        vec![PlanOp::Truncate {
-            file: *file,
-            size: rng.below(3) * 3000,
-        }]
-    };
-    let mut tasks: Vec<Vec<PlanOp>> = files.iter().map(cut).collect();
-    for _ in 0..3 {
-        let micros = rng.pick(&[0, 1, 100, 2_000]);
-        let mut syncs = vec![PlanOp::Pause { micros }];
-        syncs.resize(7, PlanOp::Syncfs);
-        tasks.push(syncs);
-    }
-    tasks[0].insert(
-        0,
-        PlanOp::Doom {
-            requests: 1 + rng.below(120) as u16,
-        },
-    );
-    let window = |tasks, sync| Window {
-        tasks,
-        sync,
-        audit: false,
-    };
-    vec![window(vec![wrote], true), window(tasks, false)]
-}
-
-/// Makes every file longer: what lies behind the old ends must be zeros.
-fn grow_everything(rng: &Stream) -> Window {
-    let grow = |file| PlanOp::Truncate {
-        file,
-        size: 200_000 + rng.below(5000),
-    };
-    Window {
-        tasks: vec![(0..24).map(grow).collect()],
-        sync: false,
-        audit: true,
     }
 }

@@ -79,8 +79,8 @@ pub async fn fill_list(
     Ok(())
 }
 
-/// Moves a list's blocks to `root` as extents; may stop early with success,
-/// leaving the rest.
+/// Moves a list's blocks to `root` as extents; may stop early with success, after
+/// `Policy::empty_runs` or when the transaction is low, leaving the rest.
 ///
 /// # Errors
 /// `Overlap`, `RunningList`; btree errors. What was moved until then stays moved.
@@ -90,8 +90,9 @@ pub async fn empty_list(
     root: &mut AllocRoot,
 ) -> Result<(), AllocError> {
     check_not_running(tx, head)?;
+    let mut runs = 0;
     while !head.block_ref.is_null() {
-        if !has_room(tx, root, 1, 1) {
+        if runs >= tx.policy().empty_runs || !has_room(tx, root, 1, 1) {
             probe("empty_stopped_early");
             return Ok(());
         }
@@ -113,6 +114,7 @@ pub async fn empty_list(
         tx.check_range(start + u64::from(len) - 1)?;
         insert_extent(tx, root, start, u64::from(len)).await?;
         tx.edit(blkno, |b| ListBlockMut::new(b).remove(head, len));
+        runs += 1;
     }
     Ok(())
 }

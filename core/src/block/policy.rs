@@ -61,6 +61,12 @@ pub struct Policy {
     pub free_budget: u32,
     /// Entries used since the hold after which freeing loops commit.
     pub free_commit_limit: u32,
+    /// Runs of freed blocks that a server commit takes back from a list at most; the
+    /// rest waits for later commits.
+    pub empty_runs: u32,
+    /// Entries of the server's lists that one unit of splicing a merge may use:
+    /// replacing, or rebalancing, one path of the fs root, and two spliced lists.
+    pub splice_unit: u32,
     /// Margin kept by `move_extents` besides what one step needs.
     pub move_margin: u32,
     /// A client transaction with fewer entries left is committed.
@@ -190,6 +196,8 @@ impl Default for Policy {
             move_budget: 250,
             free_budget: 62,
             free_commit_limit: 375,
+            empty_runs: u32::MAX,
+            splice_unit: 64,
             move_margin: 50,
             client_low: 16,
             reserve_server: 2 * 8185,

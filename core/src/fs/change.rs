@@ -240,10 +240,14 @@ impl Fs {
         touched: &[Touch],
         allocating: bool,
     ) -> FsResult<Change<'a>> {
+        // Operations of several changes, as a truncate is, meet commits in between;
+        // and holds of several tasks exist at once.
+        self.env.spawner.yield_point("fs.change").await;
         loop {
             let seq = self.log.trans_seq();
             let index = self.lock_index(touched, seq).await?;
             let hold = self.log.hold(allocating).await?;
+            self.env.spawner.yield_point("fs.held").await;
             if self.log.trans_seq() == seq {
                 return Ok(Change {
                     fs: self,
@@ -453,16 +457,46 @@ impl<'a> Change<'a> {
     /// # Errors
     /// If the item cache failed.
     pub async fn put_inode(&mut self, inode: &mut Inode, data: bool) -> FsResult<()> {
-        let (old_meta, old_data) = (inode.meta_seq, inode.data_seq);
-        inode.meta_seq = self.seq;
-        if data {
-            inode.data_seq = self.seq;
+        self.index_inode(inode, data).await?;
+        self.store_inode(inode).await
+    }
+
+    /// [`Change::put_inode`] for several that change together. Whoever asks for
+    /// attributes waits for nobody, so the inodes come last, with nothing to wait
+    /// for between them.
+    ///
+    /// # Errors
+    /// If the item cache failed.
+    pub async fn put_inodes(
+        &mut self,
+        inodes: impl IntoIterator<Item = &mut Inode>,
+    ) -> FsResult<()> {
+        let mut inodes: Vec<&mut Inode> = inodes.into_iter().collect();
+        for inode in &mut inodes {
+            self.index_inode(inode, false).await?;
         }
+        for inode in &mut inodes {
+            self.store_inode(inode).await?;
+        }
+        Ok(())
+    }
+
+    async fn store_inode(&mut self, inode: &mut Inode) -> FsResult<()> {
         let value = self.encode(inode);
         let old = inode.stored.clone().expect("the inode was loaded");
         self.update(Key::inode(inode.ino), value.clone(), old)
             .await?;
         inode.stored = Some(value);
+        Ok(())
+    }
+
+    /// Sets the seqs of an inode and moves its index items.
+    async fn index_inode(&mut self, inode: &mut Inode, data: bool) -> FsResult<()> {
+        let (old_meta, old_data) = (inode.meta_seq, inode.data_seq);
+        inode.meta_seq = self.seq;
+        if data {
+            inode.data_seq = self.seq;
+        }
         if old_meta != self.seq {
             self.force(Key::meta_seq(self.seq, inode.ino), inode.ino, true)
                 .await?;

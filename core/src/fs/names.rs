@@ -136,6 +136,9 @@ impl Fs {
     ///
     /// # Errors
     /// ENOENT, ENAMETOOLONG, ENOTDIR; ESTALE for handles of deleted inodes.
+    ///
+    /// The name leads to the inode when its attributes are read: a rename in between
+    /// would show them with a name that was gone by then.
     pub(super) async fn do_lookup(&self, parent: Ino, name: &[u8]) -> FsResult<Entry> {
         match name {
             b"." => return self.by_handle(parent).await,
@@ -151,11 +154,18 @@ impl Fs {
             let Some(found) = self.peek(parent, name).await? else {
                 return Err(Errno::ENOENT.into());
             };
+            let changes = self.changes();
             // The directory's lock is not kept: locks are taken in order of
             // numbers. The inode may vanish now; then the name has changed too.
             let locked = self.lock_inodes(&[found.ino], Mode::Read).await?;
             match self.load(&locked, found.ino).await {
-                Ok(inode) if inode.nlink > 0 => return Ok(self.entry(&inode, before)),
+                Ok(inode) if inode.nlink > 0 => {
+                    drop(locked);
+                    if self.leads_to(parent, name, found.ino, changes).await? {
+                        return Ok(self.entry(&inode, before));
+                    }
+                    probe("fs.lookup_again");
+                }
                 Ok(_) | Err(FsError::Gone(_)) => probe("fs.lookup_again"),
                 Err(error) => return Err(error),
             }
@@ -164,6 +174,26 @@ impl Fs {
                 return Err(Errno::ENOENT.into());
             }
         }
+    }
+
+    /// Counts what may have changed names: see [`Fs::leads_to`].
+    pub(super) fn changes(&self) -> (u64, u64) {
+        (self.local.taken_alone(), self.revocations.get())
+    }
+
+    /// Whether a name still leads to an inode, as it did when `changes` were counted.
+    pub(super) async fn leads_to(
+        &self,
+        parent: Ino,
+        name: &[u8],
+        ino: Ino,
+        changes: (u64, u64),
+    ) -> FsResult<bool> {
+        if self.changes() == changes {
+            return Ok(true);
+        }
+        let found = self.peek(parent, name).await?;
+        Ok(found.is_some_and(|found| found.ino == ino))
     }
 
     /// Opens an inode by number (spec 12 section 19).

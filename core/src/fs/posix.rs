@@ -157,6 +157,7 @@ impl Fs {
     ) -> FsResult<(Entry, Opened)> {
         // Opening may wait long after the lookup.
         let before = self.revocations.get();
+        let changes = self.changes();
         let mut entry = self.do_lookup(parent, name).await?;
         let ino = entry.attr.ino;
         let opened = match entry.attr.mode & S_IFMT {
@@ -177,13 +178,17 @@ impl Fs {
         // Opening may have cut the file off. And the kernel takes the attributes
         // of a created file for newer than any it has: others write to this one,
         // so they are not to be believed for longer than this answer.
-        match self.do_getattr(ino).await {
-            Ok((attr, _)) => entry.attr = attr,
-            Err(error) => {
-                self.table.forget(ino, 1);
-                self.do_release(ino, opened.fh).await;
-                return Err(error);
+        let seen = async {
+            entry.attr = self.do_getattr(ino).await?.0;
+            match self.leads_to(parent, name, ino, changes).await? {
+                true => Ok(()),
+                false => Err(Errno::ENOENT.into()),
             }
+        };
+        if let Err(error) = seen.await {
+            self.table.forget(ino, 1);
+            self.do_release(ino, opened.fh).await;
+            return Err(error);
         }
         entry.entry_valid = entry.entry_valid.min(self.valid_since(before));
         entry.attr_valid = Duration::ZERO;

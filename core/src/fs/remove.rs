@@ -97,8 +97,7 @@ impl Fs {
             dir.mtime = now;
             dir.changed(now);
             inode.changed(now);
-            change.put_inode(&mut dir, false).await?;
-            change.put_inode(&mut inode, false).await
+            change.put_inodes([&mut dir, &mut inode]).await
         }
         .await;
         change.finish(done).await?;
@@ -161,8 +160,7 @@ impl Fs {
             dir.changed(now);
             inode.nlink += 1;
             inode.changed(now);
-            change.put_inode(&mut dir, false).await?;
-            change.put_inode(&mut inode, false).await
+            change.put_inodes([&mut dir, &mut inode]).await
         }
         .await;
         change.finish(done).await?;

@@ -181,9 +181,8 @@ impl Fs {
                     inode.mtime = now;
                 }
                 inode.changed(now);
-                change.put_inode(inode, false).await?;
             }
-            Ok(())
+            change.put_inodes(all.each_mut()).await
         }
         .await;
         change.finish(done).await?;

@@ -35,9 +35,6 @@ use std::rc::Rc;
 
 /// Requests and completions of one sweep; that many completions are spliced at once.
 const SPLICE_BATCH: u64 = 8;
-/// Entries of the server's lists that one unit of splicing may use: replacing,
-/// or rebalancing, one path of the fs root, and two spliced lists.
-const UNIT: u32 = 64;
 
 /// What one commit of GET_LOG_TREES found out about merging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -399,9 +396,10 @@ impl Store {
     }
 
     fn unit_fits(&self, mark: Mark) -> bool {
+        let policy = self.cache.policy();
         let fits = !self
             .tx
-            .low_since(mark, self.cache.policy().commit_budget, UNIT);
+            .low_since(mark, policy.commit_budget, policy.splice_unit);
         if !fits {
             probe("server.merge.splice_in_progress");
         }
@@ -484,7 +482,8 @@ impl Store {
                 None => return Ok(()),
             }
         };
-        let hold = self.hold_alone(2 * inputs as u32 + 2 * UNIT).await?;
+        let unit = self.cache.policy().splice_unit;
+        let hold = self.hold_alone(2 * inputs as u32 + 2 * unit).await?;
         let result = self.remove_inputs(&mut *self.dirty().await).await;
         hold.apply(result).await?;
         self.kick_merge_free();

@@ -53,7 +53,7 @@ struct ReplayArgs {
     /// The profile of the seed, if not its own.
     #[arg(long, value_parser = parse_profile)]
     profile: Option<Profile>,
-    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
+    /// Draw tiny sizes, slow reads, faults and bursts in most of the seeds as well.
     #[arg(long)]
     stress: bool,
     /// Switch a planted bug on.

@@ -30,7 +30,7 @@ pub struct Args {
     /// One kind of trouble for all seeds.
     #[arg(long, value_parser = parse_profile)]
     profile: Option<Profile>,
-    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
+    /// Draw tiny sizes, slow reads, faults and bursts in most of the seeds as well.
     #[arg(long)]
     stress: bool,
     /// Run a filesystem in memory that is right by construction: tests the judge.

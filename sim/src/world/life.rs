@@ -397,6 +397,7 @@ async fn live<S: System>(
         return Ok(false);
     };
     world.note("mounted", &[], String::new);
+    let cut_off = cut_off_when_severed(world, fate, &mount);
     let scene = Rc::new(Scene {
         kernel: Kernel::new(mount.fs(), caches),
         desk: Desk::new(world, life, fate),
@@ -414,11 +415,36 @@ async fn live<S: System>(
         return Ok(false);
     }
     if fate.is_severed() {
-        let severed = Rc::clone(&mount);
-        within(fate, "the forced unmount", severed.force_unmount()).await?;
+        within(fate, "the forced unmount", cut_off).await?;
         return Ok(false);
     }
     leave(world, fate, &scene, mount).await
+}
+
+/// Lets the mount be unmounted by force as soon as the plan says so, whatever is under
+/// way; completes when it is.
+fn cut_off_when_severed<S: System>(
+    world: &Rc<World<S>>,
+    fate: &Rc<Fate>,
+    mount: &Rc<S>,
+) -> impl Future<Output = ()> + use<S> {
+    let (mount, waiting) = (Rc::clone(mount), Rc::clone(fate));
+    let (tell, told) = tokio::sync::oneshot::channel();
+    spawn(
+        &world.sim,
+        &fate.host.life,
+        Box::pin(async move {
+            waiting.wait_severed().await;
+            mount.force_unmount().await;
+            let _ = tell.send(());
+        }),
+    );
+    async move {
+        if told.await.is_err() {
+            // It died before.
+            std::future::pending().await
+        }
+    }
 }
 
 /// Reads everything and judges what the last life left.

@@ -168,7 +168,7 @@ impl Desk {
             wall: range,
             tolerance: Tolerance {
                 link: self.fate.is_severed(),
-                io: self.tolerance.io || (self.seat != 0 && self.fate.is_severed()),
+                io: self.tolerance.io || self.fate.is_severed(),
                 ..self.tolerance
             },
             weak: false,

@@ -187,7 +187,7 @@ fn check_super_fields(ctx: &Ctx) {
 async fn check_trees(ctx: &Rc<Ctx>) {
     check_super_fields(ctx);
     let clients = server_trees::read_mounted_clients(ctx).await;
-    let unmounted = ctx.sb.mounted_clients.is_empty() && clients == 0;
+    let unmounted = ctx.sb.mounted_clients.is_empty() && clients.is_empty();
     if !unmounted {
         ctx.report.borrow_mut().state = State::InUse;
     }
@@ -195,6 +195,7 @@ async fn check_trees(ctx: &Rc<Ctx>) {
     let logs = server_trees::read_log_trees(ctx).await;
     ctx.report.borrow_mut().stats.log_trees = logs.len() as u64;
     let merge = server_trees::read_merge(ctx).await;
+    server_trees::check_workers(ctx, &merge, &clients);
     let namespace = read_namespace(ctx, &logs, &merge).await;
     server_trees::check_merge_blocks(ctx, &merge).await;
     let (srch_entries, srch_freed) = srch::check_srch(ctx, &logs).await;

@@ -318,10 +318,22 @@ pub(super) async fn check_merge_blocks(ctx: &Rc<Ctx>, merge: &MergeState) {
     }
 }
 
-/// Reads the mounted clients; the number of them.
-pub(super) async fn read_mounted_clients(ctx: &Rc<Ctx>) -> usize {
+/// Requests are out only at mounts that are there: who takes a mount back takes its
+/// requests back first.
+pub(super) fn check_workers(ctx: &Ctx, merge: &MergeState, clients: &BTreeSet<u64>) {
+    for req in &merge.requests {
+        if !clients.contains(&req.rid.get()) {
+            let text = "a log merge request is out at a mount that is gone";
+            let key = Key::log_merge_request(req.rid.get(), req.seq.get());
+            ctx.add(Problem::error(Kind::LogMerge, text).key(key));
+        }
+    }
+}
+
+/// Reads the mounted clients; their rids.
+pub(super) async fn read_mounted_clients(ctx: &Rc<Ctx>) -> BTreeSet<u64> {
     let mut cursor = tree(ctx, "mounted_clients", &ctx.sb.mounted_clients);
-    let mut nr = 0;
+    let mut rids = BTreeSet::new();
     while let Some(item) = cursor.next().await {
         if item.key.zone != ZONE_MOUNTED_CLIENT {
             foreign(ctx, "mounted_clients", &item);
@@ -333,7 +345,7 @@ pub(super) async fn read_mounted_clients(ctx: &Rc<Ctx>) -> usize {
             &item,
             Key::mounted_client(item.key.first),
         );
-        nr += 1;
+        rids.insert(item.key.first);
         let Some(mc) = value::<MountedClient>(ctx, "mounted client", &item) else {
             continue;
         };
@@ -355,7 +367,7 @@ pub(super) async fn read_mounted_clients(ctx: &Rc<Ctx>) -> usize {
             problem(Problem::note(Kind::Undefined, text));
         }
     }
-    nr
+    rids
 }
 
 /// What the entries of a list are.
