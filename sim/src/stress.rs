@@ -98,6 +98,8 @@ pub struct Stress {
     pub extents_per_change: u8,
     /// Height above which a log tree is merged; 0 leaves it.
     pub finalize_height: u8,
+    /// Whether every transaction's log tree is merged at once.
+    pub merge_always: bool,
     /// Dirty blocks at which a step of a merge ends; 0 leaves it.
     pub merge_blocks: u8,
     /// A metadata device so small that freed blocks are soon used again; with short
@@ -144,6 +146,7 @@ impl Stress {
             item_bytes: some(600, rng.pick(&[1, 1024, 4096])),
             extents_per_change: some(600, rng.pick(&[1, 2])) as u8,
             finalize_height: some(600, 1) as u8,
+            merge_always: rng.chance(150),
             tight: profile != Profile::Full && rng.chance(400),
             cramped: false,
             short_lists: rng.chance(300),
@@ -155,6 +158,10 @@ impl Stress {
             slow_by: rng.pick(&[5_000_000, 50_000_000, 1_000_000_000]),
             merge_blocks: some(500, rng.pick(&[16, 24])) as u8,
         };
+        if stress.slow_reads == 300 {
+            // Nothing would end in time otherwise.
+            stress.slow_by = stress.slow_by.min(50_000_000);
+        }
         if stress.tight {
             // Blocks are used again while somebody reads what they were.
             stress.cache_blocks = 2;
@@ -168,6 +175,9 @@ impl Stress {
 
     fn of_theme(theme: Theme, rng: &Stream) -> Self {
         let usual = Self::default();
+        // A reader that waits for seconds while commits and merges go on, or many
+        // that wait a little.
+        let late = rng.pick(&[(5, 3_000_000_000), (10, 1_000_000_000), (100, 50_000_000)]);
         match theme {
             Theme::Mixed => usual,
             Theme::Torn => Self {
@@ -218,9 +228,9 @@ impl Stress {
                 btree_space: rng.pick(&[0, 5120]),
                 cache_blocks: 2,
                 item_bytes: rng.pick(&[1024, 2048, 4096]),
-                slow_reads: rng.pick(&[300, 600]),
-                slow_by: rng.pick(&[5_000_000, 50_000_000, 500_000_000]),
-                finalize_height: rng.pick(&[0, 1]),
+                slow_reads: late.0,
+                slow_by: late.1,
+                merge_always: rng.chance(600),
                 ..usual
             },
             Theme::Reuse => Self {
@@ -230,8 +240,8 @@ impl Stress {
                 item_bytes: 1024,
                 finalize_height: 1,
                 tight: true,
-                slow_reads: rng.pick(&[20, 60, 150]),
-                slow_by: rng.pick(&[200_000_000, 700_000_000]),
+                slow_reads: rng.pick(&[20, 40]),
+                slow_by: rng.pick(&[50_000_000, 150_000_000]),
                 ..usual
             },
         }
@@ -316,6 +326,9 @@ impl Stress {
         }
         if self.finalize_height > 0 {
             config.server.finalize_height = self.finalize_height;
+        }
+        if self.merge_always {
+            config.server.finalize_height = 0;
         }
     }
 }

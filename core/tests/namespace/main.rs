@@ -442,6 +442,7 @@ fn a_new_file_has_all_its_items() {
 fn create_completes_on_the_first_poll() {
     let w = World::new(2);
     w.file(1, "warm");
+    w.world.exec.make_yields_free();
     let mut future = std::pin::pin!(w.fs.create(&ROOT, 1, b"f", 0o644, 0, 2));
     let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
     assert!(future.as_mut().poll(&mut cx).is_ready());

@@ -375,11 +375,56 @@ fn severed(rng: &Stream) -> Vec<LifePlan> {
     vec![life(windows, faults, End::ForceUnmount(When::Time(at)))]
 }
 
-/// Few objects, many readers, and commits all the time.
+/// Few objects, many readers, and values and names that come, are committed and go.
 fn late(rng: &Stream) -> Vec<LifePlan> {
+    let objects: Vec<u16> = (0..3).map(|_| any(rng)).collect();
+    let read = |_| {
+        let obj = rng.pick(&objects);
+        match rng.below(5) {
+            0 => PlanOp::Getattr { obj },
+            1 => PlanOp::Getxattr {
+                obj,
+                name: rng.below(3) as u8,
+            },
+            2 => PlanOp::Lookup {
+                dir: 0,
+                name: BURST_NAMES + rng.below(8) as u8,
+            },
+            3 => PlanOp::Readdir {
+                dir: 0,
+                plus: false,
+            },
+            _ => PlanOp::Listxattr { obj },
+        }
+    };
+    let write = |_| {
+        let (obj, name) = (rng.pick(&objects), rng.below(3) as u8);
+        match rng.below(10) {
+            0..=2 => PlanOp::Setxattr {
+                obj,
+                name,
+                len: rng.pick(&[5, 100, 896]),
+                how: 0,
+            },
+            3 | 4 => PlanOp::Removexattr { obj, name },
+            5 => PlanOp::Unlink {
+                dir: 0,
+                name: BURST_NAMES + rng.below(8) as u8,
+            },
+            6 => create(rng.below(8) as u8),
+            7 => PlanOp::Chmod {
+                obj,
+                mode: rng.below(0o1000) as u16,
+            },
+            _ => PlanOp::Syncfs,
+        }
+    };
     let mut windows = vec![window(vec![(0..8).map(create).collect()], true, false)];
-    for _ in 0..2 {
-        windows.extend(hot_objects(rng));
+    for _ in 0..5 {
+        let mut tasks: Vec<Vec<PlanOp>> = (0..3).map(|_| (0..10).map(read).collect()).collect();
+        tasks.push((0..16).map(write).collect());
+        tasks.push((0..6).map(write).collect());
+        windows.push(window(tasks, rng.chance(300), rng.chance(300)));
     }
     vec![life(windows, Vec::new(), End::Unmount)]
 }
