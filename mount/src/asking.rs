@@ -35,6 +35,14 @@ impl Asking {
 }
 
 impl FenceAgent for Asking {
+    fn can_prove(&self) -> bool {
+        self.other.as_ref().is_some_and(|other| other.can_prove())
+    }
+
+    fn is_gone(&self, rid: u64) -> bool {
+        self.other.as_ref().is_some_and(|other| other.is_gone(rid))
+    }
+
     fn fence(
         &self,
         env: &Env,

@@ -329,6 +329,16 @@ impl FenceAgent for LocalAgent {
     ) -> LocalBoxFuture<'static, Result<(), FenceError>> {
         Box::pin(self.clone().prove(env.clone(), request.rid))
     }
+
+    fn can_prove(&self) -> bool {
+        true
+    }
+
+    fn is_gone(&self, rid: u64) -> bool {
+        let record = self.registry.find(self.fsid, rid).ok().flatten();
+        let judged = record.map(|record| judge(&record, rid));
+        matches!(judged, Some(Ok(Verdict::Gone(_))))
+    }
 }
 
 /// Takes the operator's word that every mount that is asked about is gone.
@@ -366,8 +376,15 @@ mod tests {
     #[test]
     fn a_process_that_exists_is_not_gone() {
         let dir = tempfile::tempdir().unwrap();
-        let (_, record, _) = registered(dir.path());
+        let (registry, mut record, _) = registered(dir.path());
         assert!(matches!(judge(&record, 2).unwrap(), Verdict::Alive(_)));
+        let agent = LocalAgent::new(registry.clone(), 1);
+        assert!(!agent.is_gone(2));
+        record.start_time += 1;
+        fs::write(registry.path(1, 2), serde_json::to_vec(&record).unwrap()).unwrap();
+        assert!(agent.is_gone(2), "another process has its pid");
+        registry.forget(1, 2);
+        assert!(!agent.is_gone(2), "nothing is known of it any more");
     }
 
     #[test]

@@ -26,8 +26,11 @@ use crate::wire::listener::{Connections, ListenerConfig, Origin};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::rc::Rc;
 
+/// Time between two looks for clients that are provably dead.
+const DEAD_LOOK: Duration = Duration::from_millis(250);
 /// Time between two looks whether an earlier leader has stopped.
 const LEADER_LOOK: Duration = Duration::from_millis(20);
 
@@ -155,6 +158,7 @@ impl Server {
             ("server_reclaim", Box::pin(self.clone().reclaim_fenced())),
             ("server_farewell", Box::pin(self.clone().answer_farewells())),
             ("server_report", Box::pin(self.clone().report_when_asked())),
+            ("server_absent", Box::pin(self.clone().look_for_dead())),
             (
                 "server_merge_free",
                 Box::pin(self.clone().free_merged_trees()),
@@ -183,6 +187,39 @@ impl Server {
                 Ok(None) if self.departed.borrow().contains(&rid) => {}
                 Ok(None) => return self.fail(ServerError::NotMounted { rid }.fatal()),
                 Err(err) => return self.fail(err.fatal()),
+            }
+        }
+    }
+
+    /// Has mounts that are away, and of which the agent can prove that they are gone,
+    /// fenced and reclaimed at once: waiting for them to come back would only keep the
+    /// others from their locks.
+    async fn look_for_dead(self: Rc<Self>) {
+        if !self.config.fence.can_prove() {
+            return;
+        }
+        loop {
+            let pause = self.env.sleep(DEAD_LOOK);
+            if self.unless_stopping(pause).await.is_none() {
+                return;
+            }
+            // An error shows elsewhere.
+            for (rid, client) in self.store.mounted().await.unwrap_or_default() {
+                let here = self.peers().is_none_or(|peers| peers.is_connected(rid));
+                if here || self.departed.borrow().contains(&rid) || self.fences.contains(rid) {
+                    continue;
+                }
+                if !self.config.fence.is_gone(rid) {
+                    continue;
+                }
+                probe("server.fence.proved_gone");
+                let nowhere = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
+                let addr = client.addr.v4().unwrap_or(nowhere);
+                let reason = match self.recovery.borrow().awaits(rid) {
+                    true => FenceReason::ClientRecovery,
+                    false => FenceReason::ClientReconnect,
+                };
+                self.fences.start(FenceRequest { rid, addr, reason });
             }
         }
     }

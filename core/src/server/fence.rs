@@ -97,6 +97,19 @@ pub trait FenceAgent: Send + Sync {
         env: &Env,
         request: FenceRequest,
     ) -> LocalBoxFuture<'static, Result<(), FenceError>>;
+
+    /// Whether [`FenceAgent::is_gone`] can ever be true.
+    fn can_prove(&self) -> bool {
+        false
+    }
+
+    /// Whether it is certain at this moment, without doing anything to it, that the
+    /// mount can never write again: its process ended. Nobody then has to wait
+    /// whether it comes back. Quick; does not wait.
+    fn is_gone(&self, rid: u64) -> bool {
+        let _ = rid;
+        false
+    }
 }
 
 /// How far a request has come.

@@ -22,9 +22,15 @@ type Answer = Result<(), FenceError>;
 type Ask = (FenceRequest, oneshot::Sender<Answer>);
 
 /// Hands requests to a [`FenceAgent`] that works on a task of its own.
-#[derive(Debug)]
 pub struct LastingAgent {
     asks: mpsc::UnboundedSender<Ask>,
+    agent: Arc<dyn FenceAgent>,
+}
+
+impl std::fmt::Debug for LastingAgent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LastingAgent").finish_non_exhaustive()
+    }
 }
 
 /// The fencing of one mount.
@@ -47,7 +53,7 @@ impl LastingAgent {
         let (asks, mut asked) = mpsc::unbounded_channel::<Ask>();
         let worker = Rc::new(Worker {
             env: env.clone(),
-            agent,
+            agent: agent.clone(),
             limit,
             works: RefCell::default(),
         });
@@ -61,7 +67,7 @@ impl LastingAgent {
                 });
             }
         });
-        Arc::new(Self { asks })
+        Arc::new(Self { asks, agent })
     }
 }
 
@@ -106,6 +112,14 @@ impl FenceAgent for LastingAgent {
             sent?;
             told.await.unwrap_or(Err(lost))
         })
+    }
+
+    fn can_prove(&self) -> bool {
+        self.agent.can_prove()
+    }
+
+    fn is_gone(&self, rid: u64) -> bool {
+        self.agent.is_gone(rid)
     }
 }
 

@@ -27,6 +27,9 @@ const TERM: u64 = 7;
 pub(super) struct Agent {
     asked: Mutex<Vec<FenceRequest>>,
     fails: bool,
+    /// These are provably gone.
+    gone: Mutex<BTreeSet<u64>>,
+    proves: bool,
 }
 
 impl Agent {
@@ -52,6 +55,14 @@ impl FenceAgent for Agent {
             };
             if fails { Err(err) } else { Ok(()) }
         })
+    }
+
+    fn can_prove(&self) -> bool {
+        self.proves
+    }
+
+    fn is_gone(&self, rid: u64) -> bool {
+        self.gone.lock().unwrap().contains(&rid)
     }
 }
 
@@ -120,6 +131,7 @@ impl Instance {
             .collect();
         let agent = Arc::new(Agent {
             fails,
+            proves: true,
             ..Agent::default()
         });
         let config = ServerConfig {
@@ -412,6 +424,41 @@ fn who_does_not_come_back_is_fenced_and_reclaimed() {
     let seen = super::census::census(&world.meta).unwrap();
     assert!(seen.mounted.is_empty());
     assert!(seen.logs.iter().all(LogTrees::is_finalized));
+}
+
+#[test]
+fn a_client_that_is_away_and_provably_gone_is_fenced_at_once() {
+    let world = volume(11);
+    world.block_on(async {
+        let server = Instance::start(&world, false).await;
+        for rid in [5, 6, 7] {
+            server.greet(rid, 0, false).await.unwrap();
+        }
+        // 5 has a connection, 7 may come back.
+        for rid in [6, 7] {
+            server.wire.connected.borrow_mut().remove(&rid);
+        }
+        server.agent.gone.lock().unwrap().extend([5, 6]);
+        world.env().sleep(Duration::from_secs(3)).await;
+        let asked: Vec<_> = server
+            .agent
+            .asked()
+            .iter()
+            .map(|r| (r.rid, r.reason))
+            .collect();
+        assert_eq!(asked, [(6, FenceReason::ClientReconnect)]);
+        let left: Vec<u64> = server
+            .server
+            .store
+            .mounted()
+            .await
+            .unwrap()
+            .iter()
+            .map(|m| m.0)
+            .collect();
+        assert_eq!(left, [5, 7], "it is reclaimed");
+        server.server.stop().await;
+    });
 }
 
 #[test]
