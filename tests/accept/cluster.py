@@ -30,10 +30,12 @@ class Cluster:
     """A volume and its mounts. `loop` puts loop devices over the two files."""
 
     def __init__(self, binary, work, port, nodes=3, heartbeat_ms=2000, loop=False,
-                 options="", mkfs=(), data_bytes=SMALL, members=None):
+                 options="", mkfs=(), data_bytes=SMALL, members=None,
+                 meta_bytes=SMALL):
         self.binary, self.work, self.port = binary, work, port
         self.nodes, self.heartbeat_ms, self.loop = nodes, heartbeat_ms, loop
         self.options, self.mkfs, self.data_bytes = options, list(mkfs), data_bytes
+        self.meta_bytes = meta_bytes
         # Mounts of the lowest numbers are quorum members, the others plain clients.
         self.members = nodes if members is None else members
         self.run_dir = os.path.join(work, "run")
@@ -53,7 +55,7 @@ class Cluster:
         os.makedirs(self.work, exist_ok=True)
         self.meta = os.path.join(self.work, "meta")
         self.data = os.path.join(self.work, "data")
-        for path, size in ((self.meta, SMALL), (self.data, self.data_bytes)):
+        for path, size in ((self.meta, self.meta_bytes), (self.data, self.data_bytes)):
             with open(path, "wb") as f:
                 f.truncate(size)
         if self.loop:

@@ -35,6 +35,8 @@ KINDS = ["kill_leader", "kill_client", "stop", "leave", "cut"]
 # A fence needs the silence of the heartbeats, an election, and a reconnect timeout
 # of the client's connection; answers are waited for well beyond that.
 ANSWER_SECONDS = 90
+# Metadata is written to new places all the time: large sparse files would fill the disk.
+META, DATA = 16 << 30, 24 << 30
 
 
 class NetnsCluster(Cluster):
@@ -295,7 +297,7 @@ def main():
     shutil.rmtree(args.work, ignore_errors=True)
     make = NetnsCluster if args.netns else Cluster
     cluster = make(os.path.abspath(args.binary), os.path.abspath(args.work), args.port,
-                   heartbeat_ms=args.heartbeat_ms)
+                   heartbeat_ms=args.heartbeat_ms, meta_bytes=META, data_bytes=DATA)
     rng = random.Random(args.seed)
     test = Test(cluster, rng, kinds)
     code = 1
