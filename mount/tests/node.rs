@@ -12,7 +12,7 @@
 
 use outrider_core::env::{DeviceRole, Duration, Env, Gate};
 use outrider_core::node::{Mount, NodeConfig};
-use outrider_core::volume::{MkfsOptions, mkfs};
+use outrider_core::volume::{CheckOptions, MkfsOptions, check, mkfs};
 use outrider_disk::{IoConfig, Runtime, RuntimeConfig, VolumeFiles};
 use outrider_mount::fence::AssumeDead;
 use outrider_mount::kernel::{self, KernelOptions, Unmount};
@@ -75,16 +75,18 @@ async fn serve(env: Env, rid: u64, mnt: PathBuf, ready: std::sync::mpsc::Sender<
 
 impl Node {
     fn make() -> Option<Self> {
+        Self::of_sizes(64 << 30, 64 << 30)
+    }
+
+    fn of_sizes(meta: u64, data: u64) -> Option<Self> {
         if !kernel::is_root() || !Path::new("/dev/fuse").exists() {
             eprintln!("skipped: needs root and /dev/fuse");
             return None;
         }
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        for name in ["meta", "data"] {
-            File::create(dir.path().join(name))
-                .unwrap()
-                .set_len(64 << 30)
-                .unwrap();
+        for (name, size) in [("meta", meta), ("data", data)] {
+            let file = File::create(dir.path().join(name)).unwrap();
+            file.set_len(size).unwrap();
         }
         fs::create_dir(dir.path().join("mnt")).unwrap();
         let net = outrider_net::NetThread::start().unwrap();
@@ -95,6 +97,7 @@ impl Node {
             .port();
         let options = MkfsOptions {
             slots: vec![(0, format!("127.0.0.1:{port}").parse().unwrap())],
+            allow_small: true,
             ..MkfsOptions::default()
         };
         runtime(&net, dir.path(), 1)
@@ -212,4 +215,97 @@ fn a_warm_create_costs_little() {
     let stat = 3000.0 / start.elapsed().as_secs_f64();
     eprintln!("{create:.0} create/s, {stat:.0} stat/s");
     assert_eq!(n.unmount(), Ended::Unmounted);
+}
+
+impl Node {
+    /// The volume, which is not mounted, has every property that a volume must have.
+    fn is_sound(&self) {
+        let report = runtime(&self.net, self.dir.path(), 2).run(|env| async move {
+            let meta = env.devices.open(DeviceRole::Meta).unwrap();
+            let data = env.devices.open(DeviceRole::Data).unwrap();
+            let options = CheckOptions {
+                strict: true,
+                ..CheckOptions::default()
+            };
+            check(meta, data, &options).await
+        });
+        let report = report.unwrap();
+        assert!(report.is_clean(), "{:#?}", report.problems);
+    }
+}
+
+/// Repeats a call that is refused while space is short, for a minute: what was deleted
+/// comes back with commits and merges.
+fn soon<T>(mut call: impl FnMut() -> std::io::Result<T>) -> T {
+    let start = Instant::now();
+    loop {
+        match call() {
+            Err(error) if is_full(&error) && start.elapsed().as_secs() < 60 => {
+                std::thread::sleep(std::time::Duration::from_millis(100));
+            }
+            result => return result.unwrap(),
+        }
+    }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOSPC)
+}
+
+/// Makes files in `dir` until the volume is full; how many.
+fn fill(dir: &Path, make: impl Fn(&Path) -> std::io::Result<()>) -> usize {
+    soon(|| fs::create_dir(dir));
+    let mut made = 0;
+    loop {
+        assert!(made < 100_000, "the volume does not get full");
+        match make(&dir.join(format!("{made}"))) {
+            Ok(()) => made += 1,
+            Err(error) => {
+                assert!(is_full(&error), "{error}");
+                return made;
+            }
+        }
+    }
+}
+
+/// A file whose metadata is large.
+fn heavy(path: &Path) -> std::io::Result<()> {
+    File::create_new(path)?;
+    let value = [b'x'; 60_000];
+    rustix::fs::setxattr(path, "user.x", &value, rustix::fs::XattrFlags::empty())?;
+    Ok(())
+}
+
+/// A file of 8 MiB that is on the devices.
+fn long(path: &Path) -> std::io::Result<()> {
+    let mut file = File::create_new(path)?;
+    file.write_all(&vec![b'y'; 8 << 20])?;
+    file.sync_all()
+}
+
+#[test]
+fn a_full_volume_refuses_deletes_and_takes_files_again() {
+    // The metadata that an allocating call may use is what exceeds the reserve.
+    let Some(mut n) = Node::of_sizes(6 << 30, 200 << 20) else {
+        return;
+    };
+    let data = fill(&n.path("data"), long);
+    assert!((15..=26).contains(&data), "{data} long files");
+    fs::remove_dir_all(n.path("data")).unwrap();
+    let heavies = fill(&n.path("meta"), heavy);
+    assert!(heavies > 500, "{heavies} heavy files");
+    // What adds nothing goes on, and so does leaving.
+    let first = OpenOptions::new().write(true).open(n.path("meta/0"));
+    first.unwrap().set_len(0).unwrap();
+    assert_eq!(n.unmount(), Ended::Unmounted);
+    n.is_sound();
+    n.mount();
+    fs::remove_dir_all(n.path("meta")).unwrap();
+    // The metadata can be what is short now: what was deleted comes back slowly.
+    let data = fill(&n.path("data"), long);
+    assert!((1..=26).contains(&data), "{data} long files");
+    fs::remove_dir_all(n.path("data")).unwrap();
+    soon(|| fs::write(n.path("last"), b"there is room again"));
+    assert_eq!(n.unmount(), Ended::Unmounted);
+    n.is_sound();
 }

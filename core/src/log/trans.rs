@@ -14,7 +14,7 @@ use super::tree::Tree;
 use super::{Inner, Life, Log, LogError};
 use crate::alloc::{self, DataAlloc};
 use crate::block::Tx;
-use crate::env::{mutant, probe};
+use crate::env::{Time, mutant, probe};
 use crate::format::LogTrees;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -42,6 +42,8 @@ pub(super) struct Open {
     inode_delta: Cell<i64>,
     /// Whether anybody was let in.
     used: Cell<bool>,
+    /// When it was opened.
+    since: Time,
 }
 
 impl Open {
@@ -55,6 +57,7 @@ impl Open {
             data: Mutex::new(data),
             inode_delta: Cell::new(record.inode_count_delta.get()),
             used: Cell::new(false),
+            since: inner.env.clock.now(),
             record,
         }
     }
@@ -181,6 +184,12 @@ impl Inner {
         let open = open.expect("a transaction is open unless one is being written");
         if allocating && alloc::list_is_low(&open.record.meta_avail) {
             probe("log.hold_enospc");
+            // Whether space is low was decided when the transaction was opened. What
+            // was deleted since then, or merged, shows only in the next one.
+            if self.env.clock.now() >= open.since + self.policy.retry_delay {
+                probe("log.hold_enospc_commits");
+                self.trigger();
+            }
             return Err(LogError::NoSpace);
         }
         let batch = self.batch();
