@@ -20,6 +20,7 @@ pub mod model;
 pub mod oracle;
 pub mod plan;
 pub mod rng;
+pub mod show;
 pub mod shrink;
 pub mod stress;
 pub mod trace;

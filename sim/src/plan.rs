@@ -119,6 +119,19 @@ pub enum Fault {
     },
 }
 
+impl Fault {
+    /// When it begins and ends.
+    pub fn span(&self) -> (u64, u64) {
+        match self {
+            Fault::Disk(
+                DiskFault::Error { from, until, .. } | DiskFault::Stall { from, until, .. },
+            )
+            | Fault::Partition { from, until } => (*from, *until),
+            Fault::WallStep { at, .. } | Fault::ResetStreams { at } => (*at, *at),
+        }
+    }
+}
+
 /// How a life of the mount ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {

@@ -1,4 +1,4 @@
-//! What happened, as a running hash and (on replay) one line per event.
+//! What happened, as a running hash and (on replay) event by event.
 //!
 //! The hash covers time, node, kind and arguments of every event, so that two
 //! runs of a seed can be compared without keeping either.
@@ -54,20 +54,68 @@ pub fn digest(bytes: &[u8]) -> u64 {
     digest.value()
 }
 
-/// Receives the lines of a replay.
-pub type LineSink = Box<dyn FnMut(&str)>;
+/// Something that happened, for who reads along.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Simulated nanoseconds.
+    pub nanos: u64,
+    /// Its number; remarks have none.
+    pub number: Option<u64>,
+    /// Of which node.
+    pub node: u32,
+    /// What kind.
+    pub kind: &'static str,
+    /// What exactly.
+    pub text: String,
+    /// What it belongs to: the end of a fault, or the message that arrives here.
+    pub link: Link,
+}
+
+/// What a remark belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Link {
+    /// Nothing.
+    #[default]
+    None,
+    /// It lasts until this time.
+    Until(u64),
+    /// A message with this number leaves for this node.
+    Sends(u64, u32),
+    /// The message with this number arrives.
+    Gets(u64),
+}
+
+impl Event {
+    /// One line: time, number, node, kind, text.
+    pub fn line(&self) -> String {
+        let (sec, ns) = (self.nanos / 1_000_000_000, self.nanos % 1_000_000_000);
+        let number = self.number.map_or("-".to_owned(), |n| format!("#{n}"));
+        format!(
+            "{sec:5}.{:06}.{:03} {number:<7} n{} {:<10} {}",
+            ns / 1000,
+            ns % 1000,
+            self.node,
+            self.kind,
+            self.text
+        )
+    }
+}
+
+/// Receives the events of a replay.
+pub type Sink = Box<dyn FnMut(Event)>;
 
 /// The events of one world.
 #[derive(Default)]
 pub struct Trace {
     digest: Cell<Digest>,
     count: Cell<u64>,
-    sink: RefCell<Option<LineSink>>,
+    messages: Cell<u64>,
+    sink: RefCell<Option<Sink>>,
 }
 
 impl Trace {
-    /// A trace that also writes its lines to `sink`, if there is one.
-    pub fn new(sink: Option<LineSink>) -> Self {
+    /// A trace that also hands its events to `sink`, if there is one.
+    pub fn new(sink: Option<Sink>) -> Self {
         Self {
             sink: RefCell::new(sink),
             ..Self::default()
@@ -75,7 +123,7 @@ impl Trace {
     }
 
     /// Records one event at `nanos` of simulated time. `text` is asked for only
-    /// if somebody reads the lines; what it says must follow from the arguments.
+    /// if somebody reads along; what it says must follow from the arguments.
     pub fn event(
         &self,
         nanos: u64,
@@ -94,20 +142,50 @@ impl Trace {
         self.digest.set(digest);
         let number = self.count.get() + 1;
         self.count.set(number);
+        self.tell(nanos, Some(number), node, kind, Link::None, text);
+    }
+
+    /// Says something that follows from the events and is no part of the digest.
+    pub fn remark(
+        &self,
+        nanos: u64,
+        node: u32,
+        kind: &'static str,
+        link: Link,
+        text: impl FnOnce() -> String,
+    ) {
+        self.tell(nanos, None, node, kind, link, text);
+    }
+
+    fn tell(
+        &self,
+        nanos: u64,
+        number: Option<u64>,
+        node: u32,
+        kind: &'static str,
+        link: Link,
+        text: impl FnOnce() -> String,
+    ) {
         if let Some(sink) = &mut *self.sink.borrow_mut() {
-            let (sec, ns) = (nanos / 1_000_000_000, nanos % 1_000_000_000);
-            sink(&format!(
-                "{sec:5}.{:06}.{:03} #{number:<6} n{node} {kind:<10} {}",
-                ns / 1000,
-                ns % 1000,
-                text()
-            ));
+            sink(Event {
+                nanos,
+                number,
+                node,
+                kind,
+                text: text(),
+                link,
+            });
         }
     }
 
-    /// Whether somebody reads the lines.
+    /// Whether somebody reads along.
     pub fn is_logging(&self) -> bool {
         self.sink.borrow().is_some()
+    }
+
+    /// A number for a message that leaves.
+    pub fn next_message(&self) -> u64 {
+        self.messages.replace(self.messages.get() + 1)
     }
 
     /// Digest of all events so far.

@@ -11,6 +11,7 @@
 
 pub mod disk;
 pub mod net;
+mod said;
 
 use crate::model::wall_time;
 use crate::rng::Stream;
@@ -60,6 +61,7 @@ pub struct Sim {
     next_actor: Cell<u64>,
     /// The mount whose task runs now, and the last probe that each has reached.
     running: Cell<u32>,
+    running_node: Cell<u32>,
     reached: RefCell<BTreeMap<u32, &'static str>>,
     next_task: Cell<u64>,
     /// Nanoseconds by which slow reads were delayed, all of them together.
@@ -96,6 +98,7 @@ impl Sim {
             rng: Stream::new(seed, "executor", 0),
             next_actor: Cell::new(0),
             running: Cell::new(0),
+            running_node: Cell::new(0),
             reached: RefCell::default(),
             next_task: Cell::new(0),
             delayed: Cell::new(0),
@@ -126,6 +129,11 @@ impl Sim {
         if seat != 0 {
             self.reached.borrow_mut().insert(seat, name);
         }
+    }
+
+    /// The node whose task runs.
+    pub fn running_node(&self) -> u32 {
+        self.running_node.get()
     }
 
     /// The last probe that a mount has reached.
@@ -304,6 +312,7 @@ pub struct Life {
     children: RefCell<Vec<Weak<Life>>>,
     name: RefCell<String>,
     seat: Cell<u32>,
+    node: Cell<u32>,
     rid: Cell<u64>,
     /// While `Some`, no task is polled; who wanted to be is woken afterwards.
     paused: RefCell<Option<Vec<Waker>>>,
@@ -318,15 +327,17 @@ impl Life {
             children: RefCell::default(),
             name: RefCell::default(),
             seat: Cell::new(0),
+            node: Cell::new(0),
             rid: Cell::new(0),
             paused: RefCell::default(),
         })
     }
 
-    /// A life of the mount with this number (worlds of several nodes).
-    pub fn of_seat(seat: u32) -> Rc<Self> {
+    /// A life of the mount with this number on this node (worlds of several nodes).
+    pub fn of_seat(seat: u32, node: u32) -> Rc<Self> {
         let life = Self::new();
         life.seat.set(seat);
+        life.node.set(node);
         life
     }
 
@@ -349,6 +360,7 @@ impl Life {
         let child = Self::new();
         child.alive.set(self.alive.get());
         child.seat.set(self.seat.get());
+        child.node.set(self.node.get());
         name.clone_into(&mut child.name.borrow_mut());
         if self.paused.borrow().is_some() {
             *child.paused.borrow_mut() = Some(Vec::new());
@@ -431,6 +443,7 @@ impl Future for Guarded {
         }
         self.sim.count_poll();
         self.sim.running.set(self.life.seat());
+        self.sim.running_node.set(self.life.node.get());
         let Some(future) = &mut self.future else {
             return Poll::Ready(());
         };

@@ -5,6 +5,7 @@
 //! both sides. Datagrams may be lost, doubled or overtaken. A process that ends
 //! resets its streams; a machine that loses power is silent.
 
+use super::said::{datagram, frames};
 use super::{Host, Life, Sim};
 use crate::rng::Stream as Rng;
 use bytes::Bytes;
@@ -88,7 +89,7 @@ struct Link {
 
 /// The network of a world.
 pub struct SimNet {
-    sim: Rc<Sim>,
+    pub(super) sim: Rc<Sim>,
     rng: Rng,
     links: Cell<Links>,
     /// Links that behave otherwise, by direction.
@@ -360,8 +361,8 @@ impl Pipe {
         self.signal.wake_all();
     }
 
-    /// Sends a piece (or the end) towards the reader.
-    fn send(self: &Rc<Self>, net: &Rc<SimNet>, piece: Option<Bytes>) {
+    /// Sends a piece (or the end) towards the reader; `message` is what ends with it.
+    fn send(self: &Rc<Self>, net: &Rc<SimNet>, piece: Option<Bytes>, message: Option<u64>) {
         let delay = net.delay(self.from, self.to) + net.resend(self.from, self.to);
         let at = (net.sim.now() + delay).max(self.last_arrival.get() + 1);
         self.last_arrival.set(at);
@@ -370,6 +371,9 @@ impl Pipe {
             let Some(net) = net_again.upgrade() else {
                 return;
             };
+            if let Some(message) = message {
+                net.arrives(message, pipe.to);
+            }
             if pipe.reader_gone.get() && piece.is_some() {
                 pipe.fail(NetError::Reset);
             } else if net.is_cut(pipe.from, pipe.to) || !pipe.held.borrow().is_empty() {
@@ -432,12 +436,13 @@ impl StreamWriter for Writer {
                 })
                 .await?;
             pipe.in_flight.set(pipe.in_flight.get() + bytes.len());
+            let message = net.leaves(pipe.from, pipe.to, || frames(&bytes));
             while bytes.len() > 1 && net.rng.chance(links.cut) {
                 let at = net.rng.range(1, bytes.len() as u64) as usize;
-                pipe.send(net, Some(bytes.split_to(at)));
+                pipe.send(net, Some(bytes.split_to(at)), None);
             }
             if !bytes.is_empty() {
-                pipe.send(net, Some(bytes));
+                pipe.send(net, Some(bytes), message);
             }
             Ok(())
         })
@@ -452,7 +457,7 @@ impl StreamWriter for Writer {
 impl Writer {
     fn finish(&mut self) {
         if !self.pipe.writer_done.replace(true) {
-            self.pipe.send(&self.net, None);
+            self.pipe.send(&self.net, None, None);
         }
     }
 }
@@ -483,6 +488,7 @@ impl Datagram for DatagramHandle {
             (false, true) => 2,
             (false, false) => 1,
         };
+        let message = net.leaves(*from.ip(), *to.ip(), || datagram(&bytes));
         for _ in 0..copies {
             let (weak, bytes) = (Rc::downgrade(net), bytes.clone());
             let delay = net.delay(*from.ip(), *to.ip());
@@ -492,6 +498,9 @@ impl Datagram for DatagramHandle {
                 if let Some(socket) = socket
                     && !net.is_cut(*from.ip(), *to.ip())
                 {
+                    if let Some(message) = message {
+                        net.arrives(message, *to.ip());
+                    }
                     socket.inbox.borrow_mut().push_back((bytes, from));
                     socket.signal.wake_all();
                 }

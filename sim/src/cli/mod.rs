@@ -2,6 +2,7 @@
 
 mod explore;
 mod mutants;
+mod show;
 mod shrink;
 mod sweep;
 
@@ -29,6 +30,8 @@ enum Command {
     Sweep(sweep::Args),
     /// Run one world again: a seed, or a saved plan.
     Replay(ReplayArgs),
+    /// Make a page of a run, to look at.
+    Show(show::Args),
     /// Make a failing world small.
     Shrink(shrink::Args),
     /// List the planted bugs, or hunt for them.
@@ -78,6 +81,9 @@ fn parse_profile(text: &str) -> Result<Profile, String> {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
+    // A reader of our output that has seen enough ends us quietly, as it does others.
+    // SAFETY: no other thread runs yet.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     world::remember_panics();
     let args = match Args::try_parse() {
         Ok(args) => args,
@@ -89,6 +95,7 @@ pub fn main() -> ExitCode {
     let result = match args.command {
         Command::Sweep(args) => sweep::run(&args),
         Command::Replay(args) => replay(&args),
+        Command::Show(args) => show::run(&args),
         Command::Shrink(args) => shrink::run(&args),
         Command::Mutants(args) => mutants::run(&args),
         Command::Explore(args) => explore::run(&args),
@@ -111,7 +118,7 @@ fn run_plan(plan: &Plan, reference: bool, mutant: Option<&'static str>, log: boo
         ..Options::default()
     };
     if log {
-        options.sink = Some(Box::new(|| Box::new(|line: &str| println!("{line}"))));
+        options.sink = Some(Box::new(|| Box::new(|event| println!("{}", event.line()))));
     }
     if reference {
         world::run::<Reference>(plan, options)

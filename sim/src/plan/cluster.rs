@@ -114,6 +114,33 @@ pub enum Trouble {
     Disk(DiskFault),
 }
 
+impl Trouble {
+    /// Which nodes it is about (bits), and when it begins and ends.
+    pub fn span(&self) -> (u16, u64, u64) {
+        match self {
+            Trouble::Cut {
+                left,
+                right,
+                from,
+                until,
+                ..
+            } => (left | right, *from, *until),
+            Trouble::Bad {
+                nodes, from, until, ..
+            } => (*nodes, *from, *until),
+            Trouble::Pause {
+                node, from, until, ..
+            } => (1 << node, *from, *until),
+            Trouble::Reset { node, at } | Trouble::WallStep { node, at, .. } => {
+                (1 << node, *at, *at)
+            }
+            Trouble::Disk(
+                DiskFault::Error { from, until, .. } | DiskFault::Stall { from, until, .. },
+            ) => (u16::MAX, *from, *until),
+        }
+    }
+}
+
 /// How a mount ends in the midst of a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum How {

@@ -9,6 +9,7 @@ use crate::kernel::{Caches, Kernel, Notify};
 use crate::model::Model;
 use crate::oracle::Violation;
 use crate::plan::{DiskFault, End, Fault, LifePlan, Loss, When, Window};
+use crate::trace::Link;
 use outrider_core::env::{Either, Gate, race};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -236,6 +237,11 @@ pub(super) async fn within<T: 'static>(
 fn schedule<S: System>(world: &Rc<World<S>>, life: &LifePlan, now: u64) -> u64 {
     let mut calm = now;
     for fault in &life.faults {
+        let (from, until) = fault.span();
+        let trace = &world.sim.trace;
+        trace.remark(now + from, 0, "fault", Link::Until(now + until), || {
+            format!("{fault:?}")
+        });
         match fault.clone() {
             Fault::Disk(mut fault) => {
                 match &mut fault {

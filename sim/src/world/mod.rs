@@ -20,7 +20,7 @@ use crate::backend::{Host, Life, Node, Sim};
 use crate::model::{Model, S_IFDIR};
 use crate::oracle::{Oracle, Violation};
 use crate::plan::Plan;
-use crate::trace::{LineSink, Trace};
+use crate::trace::{Sink, Trace};
 use outrider_core::env::{set_mutant, set_probe_sink};
 use outrider_core::format::Key;
 use outrider_core::fs::api::{KernelCache, Posix};
@@ -159,8 +159,8 @@ pub fn on_fresh_thread<T: Send + 'static>(
 pub struct Options {
     /// A planted bug to switch on.
     pub mutant: Option<&'static str>,
-    /// Where the lines of the trace go.
-    pub sink: Option<Box<dyn FnOnce() -> LineSink + Send>>,
+    /// Where the events go.
+    pub sink: Option<Box<dyn FnOnce() -> Sink + Send>>,
 }
 
 /// Runs a whole world on a fresh thread.
@@ -219,7 +219,7 @@ impl<S: System> World<S> {
     }
 }
 
-async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
+async fn world<S: System>(plan: Plan, sink: Option<Sink>) -> Outcome {
     let sim = Sim::new(plan.seed, Trace::new(sink));
     sim.set_yield(u64::from(plan.config.yield_permille));
     sim.set_poll_cost(u64::from(plan.config.poll_cost));
@@ -230,7 +230,8 @@ async fn world<S: System>(plan: Plan, sink: Option<LineSink>) -> Outcome {
         if let Some(sim) = tracing.upgrade() {
             sim.note_probe(name);
             let now = sim.now();
-            sim.trace.event(now, 0, "probe", &[], || name.to_owned());
+            let node = sim.running_node();
+            sim.trace.event(now, node, "probe", &[], || name.to_owned());
         }
     })));
     let config = &plan.config;

@@ -198,7 +198,7 @@ async fn take_seat<S: System>(
     let host = Host {
         sim: Rc::clone(&world.sim),
         node: Rc::clone(node),
-        life: Life::of_seat(seat_number),
+        life: Life::of_seat(seat_number, node.id),
         net: Rc::clone(&world.net),
         disks: Rc::clone(&world.disks),
     };

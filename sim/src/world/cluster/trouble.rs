@@ -4,6 +4,7 @@ use super::{Cluster, System};
 use crate::backend::net::Links;
 use crate::plan::DiskFault;
 use crate::plan::cluster::{Part, Round, Trouble};
+use crate::trace::Link;
 use std::rc::Rc;
 
 fn members(set: u16) -> impl Iterator<Item = usize> {
@@ -68,6 +69,14 @@ impl<S: System> Cluster<S> {
 
     fn start(self: &Rc<Self>, trouble: &Trouble) {
         let now = self.sim.now();
+        let (nodes, from, until) = trouble.span();
+        for node in members(nodes).filter(|node| *node < self.machines.len()) {
+            let link = Link::Until(now + until);
+            let trace = &self.sim.trace;
+            trace.remark(now + from, node as u32, "fault", link, || {
+                format!("{trouble:?}")
+            });
+        }
         match trouble.clone() {
             Trouble::Cut {
                 left,

@@ -1,0 +1,194 @@
+//! A run as a page that people look at: lanes of nodes over time, with calls,
+//! messages, disk, locks and faults, and the causal past of any event.
+//!
+//! The page stands alone: it loads nothing. What can go wrong: text of the run that
+//! the browser takes for markup. Everything is handed over as JSON in which `<` is
+//! escaped, and put into the page as text.
+
+use crate::plan::Plan;
+use crate::trace::{Event, Link};
+use serde_json::{Value, json};
+
+const PAGE: &str = include_str!("show.html");
+/// Stands in the page where the data goes.
+const PLACE: &str = "\"DATA\"";
+
+/// What the page says beside the events.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// The failure: which promise was broken, and how.
+    pub failure: Option<(String, String)>,
+    /// The planted bug that was switched on.
+    pub mutant: Option<String>,
+    /// How to run it again.
+    pub command: String,
+}
+
+/// The page of a run.
+pub fn page(plan: &Plan, events: &[Event], facts: &Facts) -> String {
+    let nodes = plan.cluster.as_ref().map_or(1, |c| c.nodes.len());
+    let data = json!({
+        "seed": plan.seed,
+        "header": plan.header(),
+        "nodes": nodes,
+        "mutant": facts.mutant,
+        "command": facts.command,
+        "failure": facts.failure.as_ref().map(|(kind, text)| json!({"kind": kind, "text": text})),
+        "events": events.iter().map(row).collect::<Vec<Value>>(),
+    });
+    // In JSON `<` appears in strings only, where it may be written so.
+    let data = data.to_string().replace('<', "\\u003c");
+    PAGE.replacen(PLACE, &data, 1)
+}
+
+/// `[nanos, number, node, kind, text, link...]`
+fn row(event: &Event) -> Value {
+    let mut row = vec![
+        json!(event.nanos),
+        json!(event.number),
+        json!(event.node),
+        json!(event.kind),
+        json!(event.text),
+    ];
+    match event.link {
+        Link::None => {}
+        Link::Until(until) => row.extend([json!("until"), json!(until)]),
+        Link::Sends(message, to) => row.extend([json!("sends"), json!(message), json!(to)]),
+        Link::Gets(message) => row.extend([json!("gets"), json!(message)]),
+    }
+    Value::Array(row)
+}
+
+/// The run in the format of the Perfetto trace viewer (Chrome's JSON): a process for
+/// each node, with a row for its calls, its disk, its probes and its messages.
+pub fn perfetto(events: &[Event]) -> String {
+    let mut out = Vec::new();
+    let micros = |nanos: u64| nanos as f64 / 1000.0;
+    let mut open = std::collections::BTreeMap::new();
+    let mut nodes = std::collections::BTreeSet::new();
+    for event in events {
+        nodes.insert(event.node);
+        let row = match event.kind {
+            "read" | "write" | "flush" => "disk",
+            "probe" => "probes",
+            "send" | "arrive" => "messages",
+            "fault" => "faults",
+            _ => "calls",
+        };
+        let base = json!({
+            "pid": event.node, "tid": row, "ts": micros(event.nanos),
+            "name": event.kind, "args": {"text": event.text},
+        });
+        let mut entry = base.clone();
+        let place = (event.node, call_number(event).map(str::to_owned));
+        if event.kind == "answer" {
+            if let Some(mut begun) = open.remove(&place) {
+                let begin: &mut Value = &mut begun;
+                let from = begin["ts"].as_f64().unwrap_or_default();
+                begin["ph"] = json!("X");
+                begin["dur"] = json!(micros(event.nanos) - from);
+                begin["args"]["answer"] = json!(event.text);
+                out.push(begun);
+            }
+            continue;
+        }
+        if event.text.starts_with('?') && place.1.is_some() {
+            open.insert(place, base);
+            continue;
+        }
+        match event.link {
+            Link::Until(until) => {
+                entry["ph"] = json!("X");
+                entry["dur"] = json!(micros(until) - micros(event.nanos));
+            }
+            Link::Sends(message, _) => {
+                let mut flow = entry.clone();
+                flow["ph"] = json!("s");
+                flow["id"] = json!(message);
+                flow["name"] = json!("message");
+                flow["cat"] = json!("message");
+                entry["ph"] = json!("X");
+                entry["dur"] = json!(0.2);
+                out.push(flow);
+            }
+            Link::Gets(message) => {
+                let mut flow = entry.clone();
+                flow["ph"] = json!("f");
+                flow["bp"] = json!("e");
+                flow["id"] = json!(message);
+                flow["name"] = json!("message");
+                flow["cat"] = json!("message");
+                entry["ph"] = json!("X");
+                entry["dur"] = json!(0.2);
+                out.push(flow);
+            }
+            Link::None => {
+                entry["ph"] = json!("i");
+                entry["s"] = json!("t");
+            }
+        }
+        out.push(entry);
+    }
+    // Calls that nobody answered.
+    for (_, mut begun) in open {
+        begun["ph"] = json!("i");
+        begun["s"] = json!("t");
+        out.push(begun);
+    }
+    for node in nodes {
+        out.push(json!({
+            "ph": "M", "name": "process_name", "pid": node, "args": {"name": format!("node {node}")},
+        }));
+    }
+    json!({"traceEvents": out, "displayTimeUnit": "ms"}).to_string()
+}
+
+/// The number by which a call and its answer are known, as `?7 ...` and `!7 ...`.
+fn call_number(event: &Event) -> Option<&str> {
+    let rest = event.text.strip_prefix(['?', '!'])?;
+    rest.split(' ').next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(nanos: u64, kind: &'static str, text: &str, link: Link) -> Event {
+        Event {
+            nanos,
+            number: Some(nanos),
+            node: 0,
+            kind,
+            text: text.to_owned(),
+            link,
+        }
+    }
+
+    #[test]
+    fn text_of_a_run_is_no_markup() {
+        let events = [event(1, "create", "?0 </script><b>", Link::None)];
+        let page = page(&Plan::from_seed(1, None), &events, &Facts::default());
+        assert!(!page.contains("</script><b>"));
+        assert!(!page.contains(PLACE));
+        assert!(page.contains("?0 \\u003c/script>"));
+    }
+
+    #[test]
+    fn a_trace_has_calls_with_their_length_and_messages_with_their_ends() {
+        let events = [
+            event(1_000, "create", "?0 Create", Link::None),
+            event(2_000, "send", "to n1", Link::Sends(5, 1)),
+            event(3_000, "arrive", "", Link::Gets(5)),
+            event(4_000, "answer", "!0 ok", Link::None),
+            event(5_000, "fault", "a stall", Link::Until(9_000)),
+            event(6_000, "unlink", "?1 Unlink", Link::None),
+        ];
+        let trace: Value = serde_json::from_str(&perfetto(&events)).unwrap();
+        let all = trace["traceEvents"].as_array().unwrap();
+        let named = |name: &str| all.iter().filter(|e| e["name"] == name).collect::<Vec<_>>();
+        assert_eq!(named("create")[0]["dur"], json!(3.0));
+        assert_eq!(named("message").len(), 2);
+        assert_eq!(named("fault")[0]["dur"], json!(4.0));
+        assert_eq!(named("unlink")[0]["ph"], json!("i"));
+    }
+}
