@@ -2,6 +2,7 @@
 
 mod explore;
 mod mutants;
+mod report;
 mod show;
 mod shrink;
 mod sweep;
@@ -10,6 +11,7 @@ use clap::{Parser, Subcommand};
 use outrider_sim::case::Case;
 use outrider_sim::plan::{PROFILES, Plan, Profile};
 use outrider_sim::reference::Reference;
+use outrider_sim::trace::Sink;
 use outrider_sim::world::{self, Options, Outcome, node::Outrider};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -32,6 +34,8 @@ enum Command {
     Replay(ReplayArgs),
     /// Make a page of a run, to look at.
     Show(show::Args),
+    /// Find the first event in which two runs differ.
+    Diff(show::DiffArgs),
     /// Make a failing world small.
     Shrink(shrink::Args),
     /// List the planted bugs, or hunt for them.
@@ -53,6 +57,18 @@ struct ReplayArgs {
     /// Print one line per event, in simulated time.
     #[arg(long)]
     log: bool,
+    /// With --log: only those of one node.
+    #[arg(long, requires = "log")]
+    node: Option<u32>,
+    /// With --log: only those that contain this text.
+    #[arg(long, requires = "log")]
+    filter: Option<String>,
+    /// With --log: only those from this many seconds on.
+    #[arg(long, requires = "log")]
+    since: Option<f64>,
+    /// With --log: only those until this many seconds.
+    #[arg(long, requires = "log")]
+    until: Option<f64>,
     /// The profile of the seed, if not its own.
     #[arg(long, value_parser = parse_profile)]
     profile: Option<Profile>,
@@ -95,6 +111,7 @@ pub fn main() -> ExitCode {
     let result = match args.command {
         Command::Sweep(args) => sweep::run(&args),
         Command::Replay(args) => replay(&args),
+        Command::Diff(args) => show::diff(&args),
         Command::Show(args) => show::run(&args),
         Command::Shrink(args) => shrink::run(&args),
         Command::Mutants(args) => mutants::run(&args),
@@ -111,15 +128,39 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Runs a plan on Outrider, or on the reference.
-fn run_plan(plan: &Plan, reference: bool, mutant: Option<&'static str>, log: bool) -> Outcome {
-    let mut options = Options {
-        mutant,
-        ..Options::default()
-    };
-    if log {
-        options.sink = Some(Box::new(|| Box::new(|event| println!("{}", event.line()))));
+impl ReplayArgs {
+    /// Prints the events that are asked for.
+    fn sink(&self) -> Option<Box<dyn FnOnce() -> Sink + Send>> {
+        if !self.log {
+            return None;
+        }
+        let (node, filter) = (self.node, self.filter.clone());
+        let nanos = |seconds: f64| (seconds * 1e9) as u64;
+        let from = self.since.map_or(0, nanos);
+        let until = self.until.map_or(u64::MAX, nanos);
+        Some(Box::new(move || {
+            Box::new(move |event| {
+                if event.nanos < from
+                    || event.nanos > until
+                    || node.is_some_and(|node| node != event.node)
+                {
+                    return;
+                }
+                let line = event.line();
+                if filter.as_ref().is_none_or(|text| line.contains(text)) {
+                    println!("{line}");
+                }
+            })
+        }))
     }
+}
+
+/// Runs a plan on Outrider, or on the reference.
+fn run_plan(plan: &Plan, reference: bool, mutant: Option<&'static str>) -> Outcome {
+    run_with(plan, reference, Options { mutant, sink: None })
+}
+
+fn run_with(plan: &Plan, reference: bool, options: Options) -> Outcome {
     if reference {
         world::run::<Reference>(plan, options)
     } else {
@@ -167,7 +208,8 @@ fn replay(args: &ReplayArgs) -> Result<bool, String> {
     )?;
     let (plan, mutant) = (&recorded.plan, planted(&recorded)?);
     println!("{}", plan.header());
-    let outcome = run_plan(plan, args.reference, mutant, args.log);
+    let sink = args.sink();
+    let outcome = run_with(plan, args.reference, Options { mutant, sink });
     if let Some(file) = &args.save {
         let failed = Case::failed(plan.clone(), mutant, &outcome);
         failed
@@ -220,7 +262,7 @@ fn corpus(dir: &Path) -> Result<bool, String> {
     files.sort();
     let mut failed = 0;
     for file in &files {
-        let outcome = run_plan(&Case::load(file)?.plan, false, None, false);
+        let outcome = run_plan(&Case::load(file)?.plan, false, None);
         if let Some(failure) = outcome.failure {
             failed += 1;
             println!("{}: {}: {}", file.display(), failure.kind, failure.text);

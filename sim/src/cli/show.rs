@@ -1,10 +1,11 @@
-//! A run as a page, or for the Perfetto trace viewer.
+//! A run as a page, or for the Perfetto trace viewer; the first difference of two.
 
 use super::{case, parse_profile, planted};
+use outrider_sim::case::Case;
 use outrider_sim::plan::Profile;
 use outrider_sim::show::{Facts, page, perfetto};
 use outrider_sim::trace::Event;
-use outrider_sim::world::{self, Options, node::Outrider};
+use outrider_sim::world::{self, Options, Outcome, node::Outrider};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -32,6 +33,23 @@ pub struct Args {
     mutant: Option<String>,
 }
 
+/// Runs a case and keeps its events.
+pub fn record(case: &Case) -> Result<(Outcome, Vec<Event>), String> {
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let kept = Arc::clone(&events);
+    let outcome = world::run::<Outrider>(
+        &case.plan,
+        Options {
+            mutant: planted(case)?,
+            sink: Some(Box::new(move || {
+                Box::new(move |event| kept.lock().expect("one thread").push(event))
+            })),
+        },
+    );
+    let events = std::mem::take(&mut *events.lock().expect("the world has ended"));
+    Ok((outcome, events))
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> Result<bool, String> {
     let case = case(
@@ -40,18 +58,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
         args.stress,
         args.mutant.as_deref(),
     )?;
-    let events = Arc::new(Mutex::new(Vec::new()));
-    let kept = Arc::clone(&events);
-    let outcome = world::run::<Outrider>(
-        &case.plan,
-        Options {
-            mutant: planted(&case)?,
-            sink: Some(Box::new(move || {
-                Box::new(move |event| kept.lock().expect("one thread").push(event))
-            })),
-        },
-    );
-    let events: Vec<Event> = std::mem::take(&mut *events.lock().expect("the world has ended"));
+    let (outcome, events) = record(&case)?;
     let failure = outcome.failure.as_ref();
     let facts = Facts {
         failure: failure.map(|failure| (failure.kind.to_owned(), failure.text.clone())),
@@ -75,4 +82,68 @@ pub fn run(args: &Args) -> Result<bool, String> {
         }
     );
     Ok(true)
+}
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    outrider-sim diff small.json smaller.json\n  \
+    outrider-sim diff small.json small.json --without-mutant\n\n\
+    Exit code 0: they do the same; 1: they differ.")]
+pub struct DiffArgs {
+    /// A seed, or a file with a plan.
+    one: String,
+    /// Another one.
+    other: String,
+    /// The profile of seeds, if not their own.
+    #[arg(long, value_parser = parse_profile)]
+    profile: Option<Profile>,
+    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
+    #[arg(long)]
+    stress: bool,
+    /// The planted bug to switch on in the first.
+    #[arg(long)]
+    mutant: Option<String>,
+    /// Switch the planted bug of the other one off: what does the bug change first?
+    #[arg(long)]
+    without_mutant: bool,
+    /// How many events to show before and after.
+    #[arg(long, default_value_t = 8)]
+    context: usize,
+}
+
+/// Runs the command `diff`.
+pub fn diff(args: &DiffArgs) -> Result<bool, String> {
+    let of = |what: &str| case(what, args.profile, args.stress, args.mutant.as_deref());
+    let (one, mut other) = (of(&args.one)?, of(&args.other)?);
+    if args.without_mutant {
+        other.mutant = None;
+    }
+    let (ended, left) = record(&one)?;
+    let (other_ended, right) = record(&other)?;
+    let pairs = left.iter().zip(&right);
+    let same = pairs.take_while(|(left, right)| left == right).count();
+    if same == left.len() && same == right.len() {
+        println!("{same} events, all the same");
+        return Ok(true);
+    }
+    for event in &left[same.saturating_sub(args.context)..same] {
+        println!("  {}", event.line());
+    }
+    for (sign, events) in [('-', &left), ('+', &right)] {
+        for event in events.iter().skip(same).take(args.context) {
+            println!("{sign} {}", event.line());
+        }
+    }
+    println!(
+        "the first {same} events are the same, of {} and {}",
+        left.len(),
+        right.len()
+    );
+    for (sign, outcome) in [('-', ended), ('+', other_ended)] {
+        match outcome.failure {
+            Some(failure) => println!("{sign} FAILED ({}): {}", failure.kind, failure.text),
+            None => println!("{sign} no failure"),
+        }
+    }
+    Ok(false)
 }

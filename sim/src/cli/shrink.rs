@@ -67,12 +67,12 @@ impl Search {
                 seed,
                 ..plan.clone()
             };
-            let outcome = run_plan(&plan, false, self.mutant, false);
+            let outcome = run_plan(&plan, false, self.mutant);
             let same = outcome
                 .failure
                 .is_some_and(|failure| signature(&failure) == self.signature);
-            let by_the_bug = same
-                && (self.mutant.is_none() || run_plan(&plan, false, None, false).failure.is_none());
+            let by_the_bug =
+                same && (self.mutant.is_none() || run_plan(&plan, false, None).failure.is_none());
             by_the_bug.then_some(seed)
         })
     }
@@ -120,7 +120,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
         let stem = args.what.strip_suffix(".json").unwrap_or(&args.what);
         PathBuf::from(format!("{stem}.small.json"))
     });
-    let outcome = run_plan(&given.plan, false, mutant, false);
+    let outcome = run_plan(&given.plan, false, mutant);
     let Some(failure) = &outcome.failure else {
         return Err(format!("{} does not fail: nothing to shrink", args.what));
     };
@@ -131,7 +131,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
         jobs: args.jobs.unwrap_or_else(all_processors).max(1),
     };
     let write = |plan: &Plan| -> Result<Case, String> {
-        let outcome = run_plan(plan, false, mutant, false);
+        let outcome = run_plan(plan, false, mutant);
         let case = Case::failed(plan.clone(), mutant, &outcome)
             .ok_or("a plan failed once and not again: determinism is broken")?;
         case.save(&output)?;

@@ -1,8 +1,10 @@
 //! Many seeds on several threads.
 
+use super::report::{Shard, annotation, junit};
 use super::{draw, parse_profile, run_plan};
 use indicatif::{ProgressBar, ProgressStyle};
 use outrider_sim::case::{Case, signature};
+use outrider_sim::oracle::Violation;
 use outrider_sim::plan::Profile;
 use outrider_sim::world::{Outcome, cluster::steps};
 use std::collections::BTreeMap;
@@ -11,6 +13,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    outrider-sim sweep --seeds 1000\n  \
+    outrider-sim sweep --seeds 100000 --shard 3/8 --save failures --junit sweep.xml\n  \
+    outrider-sim sweep --profile cluster --time-budget 600\n\n\
+    Exit code 0: no seed fails; 1: some do; 2: it could not run.\n\
+    Below GitLab's `parallel`, in a Slurm job array and in an indexed Kubernetes job the\n\
+    shard follows from the environment. In GitHub's actions failures become annotations.")]
 pub struct Args {
     /// How many seeds.
     #[arg(long, default_value_t = 100)]
@@ -39,6 +48,15 @@ pub struct Args {
     /// Write the plans of failing seeds into this directory, as KIND-SEED.json.
     #[arg(long)]
     save: Option<PathBuf>,
+    /// Only every N-th seed, beginning with the K-th: K/N.
+    #[arg(long, value_parser = Shard::parse)]
+    shard: Option<Shard>,
+    /// Write a JUnit file.
+    #[arg(long)]
+    junit: Option<PathBuf>,
+    /// Let one seed in a hundred fail on purpose: does the pipeline report it?
+    #[arg(long)]
+    canary: bool,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -77,8 +95,13 @@ pub struct Hunt {
 }
 
 /// Runs the seeds of a hunt.
-#[allow(clippy::disallowed_types, clippy::disallowed_methods)] // how long the sweep takes, outside any world
 pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
+    hunt_shard(hunt, Shard::WHOLE, false, bar)
+}
+
+#[allow(clippy::disallowed_types, clippy::disallowed_methods)] // how long the sweep takes, outside any world
+fn hunt_shard(hunt: &Hunt, shard: Shard, canary: bool, bar: &ProgressBar) -> Found {
+    let seeds = shard.len(hunt.seeds);
     let start = std::time::Instant::now();
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
@@ -89,20 +112,24 @@ pub fn hunt(hunt: &Hunt, bar: &ProgressBar) -> Found {
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let late = hunt.budget.is_some_and(|s| start.elapsed().as_secs() >= s);
-                    if index >= hunt.seeds || late || stop.load(Ordering::Relaxed) {
+                    if index >= seeds || late || stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    let seed = hunt.from + index;
+                    let seed = hunt.from + shard.nth(index);
                     let plan = draw(seed, hunt.profile, hunt.stress);
-                    let mut outcome = run_plan(&plan, hunt.reference, hunt.mutant, false);
+                    let mut outcome = run_plan(&plan, hunt.reference, hunt.mutant);
                     // A seed that fails without the planted bug proves nothing about it.
                     if hunt.mutant.is_some()
                         && outcome.failure.is_some()
-                        && run_plan(&plan, hunt.reference, None, false)
-                            .failure
-                            .is_some()
+                        && run_plan(&plan, hunt.reference, None).failure.is_some()
                     {
                         outcome.failure = None;
+                    }
+                    if canary && seed % 100 == 0 {
+                        outcome.failure.get_or_insert(Violation {
+                            kind: "canary",
+                            text: "this seed fails on purpose".to_owned(),
+                        });
                     }
                     if outcome.failure.is_some() {
                         if hunt.stop_at_first {
@@ -162,14 +189,16 @@ pub fn all_processors() -> usize {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<bool, String> {
+    let given = Shard::from_environment(|name| std::env::var(name).ok())?;
+    let shard = args.shard.or(given).unwrap_or(Shard::WHOLE);
     let bar = if args.json || args.hashes {
         ProgressBar::hidden()
     } else {
-        ProgressBar::new(args.seeds)
+        ProgressBar::new(shard.len(args.seeds))
     };
     let style = "{elapsed_precise} {wide_bar} {pos}/{len} seeds, {per_sec}, {eta} left";
     bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
-    let found = hunt(
+    let found = hunt_shard(
         &Hunt {
             from: args.from,
             seeds: args.seeds,
@@ -182,9 +211,25 @@ pub fn run(args: &Args) -> Result<bool, String> {
             stop_at_first: false,
             quiet: args.json || args.hashes,
         },
+        shard,
+        args.canary,
         &bar,
     );
     bar.finish_and_clear();
+    let replay = |seed| command(seed, args.profile, args.stress);
+    if let Some(file) = &args.junit {
+        let outcomes: Vec<&Outcome> = found.outcomes.values().collect();
+        let text = junit(&outcomes, found.seconds, replay);
+        std::fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    if std::env::var_os("GITHUB_ACTIONS").is_some() {
+        // GitHub shows ten of a step; the others are in the log.
+        for outcome in found.outcomes.values() {
+            if let Some(line) = annotation(outcome, &replay(outcome.seed)) {
+                eprintln!("{line}");
+            }
+        }
+    }
     if let Some(dir) = &args.save {
         save_failing(&found, args.profile, args.stress, dir)?;
     }
