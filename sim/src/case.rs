@@ -50,6 +50,8 @@ pub fn signature(violation: &Violation) -> String {
         // What they say first is which calls there were.
         kind @ ("answers" | "durability") => kind.to_owned(),
         kind => {
+            // A check counts its problems first; the first one's own words say more.
+            let text = text.split_once("text: \"").map_or(text, |(_, words)| words);
             let words: String = text
                 .chars()
                 .take_while(|c| !c.is_ascii_digit() && *c != '(' && *c != '[')

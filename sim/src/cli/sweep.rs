@@ -125,7 +125,7 @@ fn hunt_shard(hunt: &Hunt, shard: Shard, canary: bool, bar: &ProgressBar) -> Fou
                     {
                         outcome.failure = None;
                     }
-                    if canary && seed % 100 == 0 {
+                    if canary && seed.is_multiple_of(100) {
                         outcome.failure.get_or_insert(Violation {
                             kind: "canary",
                             text: "this seed fails on purpose".to_owned(),
