@@ -34,6 +34,8 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 const PAGE: u64 = 4096;
 /// `O_RDWR`.
 const O_RDWR: u32 = 2;
+/// `O_APPEND | O_RDWR`.
+const O_APPEND_RDWR: u32 = 0o2002;
 /// `O_CREAT | O_RDWR`.
 const O_CREAT_RDWR: u32 = 0o102;
 /// `O_EXCL`.
@@ -615,6 +617,9 @@ impl<P: Posix> Kernel<P> {
                     sync: *sync,
                     ..WriteHow::default()
                 };
+                if *append && self.caches.enabled && self.caches.walks.get() {
+                    return self.append(*ino, at, data, how).await;
+                }
                 self.write(*ino, open()?, at, data, how).await?
             }
             Call::Fsync { ino } => {
@@ -824,6 +829,21 @@ impl<P: Posix> Kernel<P> {
             self.caches.drop_pages(ino);
         }
         Ok(Reply::Number(u64::from(written?)))
+    }
+
+    /// Appends as a program does that opens the file for it. Such a handle bypasses
+    /// the pages where the filesystem says so.
+    async fn append(&self, ino: Ino, at: u64, data: Bytes, how: WriteHow) -> Result<Reply, Errno> {
+        let opened = self.fs.open(&self.cx, ino, O_APPEND_RDWR).await?;
+        let fh = self.opened(ino, &opened).fh;
+        let written = if opened.direct_io {
+            let written = self.fs.write(&self.cx, ino, fh, at, data.into(), how).await;
+            written.map(|written| Reply::Number(u64::from(written)))
+        } else {
+            self.write(ino, fh, at, data, how).await
+        };
+        self.fs.release(ino, fh).await;
+        written
     }
 
     /// After a call: what it changed is no longer known.

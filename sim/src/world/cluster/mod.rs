@@ -273,7 +273,6 @@ impl<S: System> Cluster<S> {
         sync: &[u8],
         audit: &[u8],
     ) -> Result<(), Violation> {
-        self.check_locks();
         for seat in self.seated() {
             let number = seat.number() as u8;
             let (sync, audit) = (sync.contains(&number), audit.contains(&number));
@@ -359,6 +358,7 @@ impl<S: System> Cluster<S> {
             fate.kill(Some(Survival::All));
         }
         self.disks.crash(Some(survival));
+        self.super_after_blackout();
         self.checking.set(true);
         let world = Rc::clone(self);
         let check = async move {
