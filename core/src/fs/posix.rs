@@ -89,11 +89,12 @@ impl Fs {
             self.table.open(ino, dirties(flags));
         }
         let opened = self.opened(flags);
-        if flags & O_TRUNC != 0 && !dir {
-            if let Err(error) = self.cut_opened(cx, ino).await {
-                self.do_release(ino, opened.fh).await;
-                return Err(error);
-            }
+        if flags & O_TRUNC != 0
+            && !dir
+            && let Err(error) = self.cut_opened(cx, ino).await
+        {
+            self.do_release(ino, opened.fh).await;
+            return Err(error);
         }
         Ok(opened)
     }

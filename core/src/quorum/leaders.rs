@@ -14,18 +14,22 @@ pub fn unresolved(block: &QuorumBlock) -> bool {
 }
 
 /// The slot of the server: the unresolved leader of the greatest term. `None`: there is none.
+///
+/// Where one vote is enough there can be two of one term. Only one serves: who has
+/// fenced the other and recorded FENCE. The other's block stays as it is, also when
+/// another mount takes its slot, which hears the leader and is never elected.
 pub fn find_server<'a>(
     blocks: impl IntoIterator<Item = (usize, &'a QuorumBlock)>,
 ) -> Option<usize> {
     blocks
         .into_iter()
         .filter(|(_, block)| unresolved(block))
-        // The lowest slot of those of the same term, as the original's walk.
+        // Of those of the same term one that serves, else that of the lowest slot, as
+        // the original's walk.
         .min_by_key(|(slot, block)| {
-            (
-                std::cmp::Reverse(term(block, QuorumEventKind::Elect)),
-                *slot,
-            )
+            let elect = term(block, QuorumEventKind::Elect);
+            let serves = term(block, QuorumEventKind::Fence) == elect;
+            (std::cmp::Reverse(elect), !serves, *slot)
         })
         .map(|(slot, _)| slot)
 }
