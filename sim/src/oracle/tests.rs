@@ -659,7 +659,7 @@ fn first_block(tag: u64) -> (Call, Reply) {
     (call, Reply::Number(4096))
 }
 
-fn state_after(calls: &[(Call, Reply)]) -> Model {
+fn state_of(calls: &[(Call, Reply)]) -> Model {
     let mut oracle = oracle();
     for (call, reply) in calls {
         by(&mut oracle, 2, call.clone(), reply.clone());
@@ -683,10 +683,10 @@ fn a_commit_may_keep_a_call_and_lose_one_that_began_before_it_and_ended_after_it
         let at = oracle.moment();
         oracle.lost(&[Death { seat: 1, at }], observed)
     };
-    assert_eq!(attempt(&state_after(&[(create("b"), made(8))])), Ok(()));
+    assert_eq!(attempt(&state_of(&[(create("b"), made(8))])), Ok(()));
     let both = [(create("a"), made(7)), (create("b"), made(8))];
-    assert_eq!(attempt(&state_after(&both)), Ok(()));
-    let suffix_only = attempt(&state_after(&[(create("c"), made(9))]));
+    assert_eq!(attempt(&state_of(&both)), Ok(()));
+    let suffix_only = attempt(&state_of(&[(create("c"), made(9))]));
     assert!(suffix_only.is_err(), "it began when both others had ended");
 }
 
@@ -713,7 +713,7 @@ fn a_read_may_show_what_a_dead_mount_wrote_in_place_and_nothing_else() {
         by(&mut oracle, 2, read, Reply::Bytes(bytes));
         let writes = observed.iter().map(|tag| first_block(*tag));
         let calls: Vec<(Call, Reply)> = [file.clone()].into_iter().chain(writes).collect();
-        oracle.lost(&[Death { seat: 1, at }], &state_after(&calls))
+        oracle.lost(&[Death { seat: 1, at }], &state_of(&calls))
     };
     assert_eq!(attempt(&[1], 1, &[1]), Ok(()), "all of it is lost");
     assert_eq!(attempt(&[1], 2, &[1, 2]), Ok(()), "it stayed in place");

@@ -399,6 +399,8 @@ impl<S: System> Cluster<S> {
         }
         self.disks.crash(Some(survival));
         self.super_after_blackout();
+        // Who checks is not to meet what was wrong with the storage before.
+        self.disks.heal();
         self.checking.set(true);
         let world = Rc::clone(self);
         let check = async move {
