@@ -21,17 +21,24 @@ pub fn unresolved(block: &QuorumBlock) -> bool {
 pub fn find_server<'a>(
     blocks: impl IntoIterator<Item = (usize, &'a QuorumBlock)>,
 ) -> Option<usize> {
-    blocks
-        .into_iter()
-        .filter(|(_, block)| unresolved(block))
-        // Of those of the same term one that serves, else that of the lowest slot, as
-        // the original's walk.
-        .min_by_key(|(slot, block)| {
-            let elect = term(block, QuorumEventKind::Elect);
-            let serves = term(block, QuorumEventKind::Fence) == elect;
-            (std::cmp::Reverse(elect), !serves, *slot)
-        })
-        .map(|(slot, _)| slot)
+    find_servers(blocks).first().copied()
+}
+
+/// The slots in which the server may be, the likeliest first: all unresolved leaders of
+/// the greatest term. Of two that have fenced in one term one fenced the other, and no
+/// block says which.
+pub fn find_servers<'a>(blocks: impl IntoIterator<Item = (usize, &'a QuorumBlock)>) -> Vec<usize> {
+    let elect = |block: &QuorumBlock| term(block, QuorumEventKind::Elect);
+    let blocks = blocks.into_iter().filter(|(_, block)| unresolved(block));
+    let mut leaders: Vec<(usize, &QuorumBlock)> = blocks.collect();
+    let greatest = leaders.iter().map(|(_, block)| elect(block)).max();
+    leaders.retain(|(_, block)| Some(elect(block)) == greatest);
+    // One that serves first, else that of the lowest slot, as the original's walk.
+    leaders.sort_by_key(|(slot, block)| {
+        let serves = term(block, QuorumEventKind::Fence) == elect(block);
+        (!serves, *slot)
+    });
+    leaders.into_iter().map(|(slot, _)| slot).collect()
 }
 
 /// Whether a leader of a greater term than `own_term` shows: the server of
