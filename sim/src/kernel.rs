@@ -34,6 +34,8 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 const PAGE: u64 = 4096;
 /// `O_RDWR`.
 const O_RDWR: u32 = 2;
+/// `O_APPEND | O_RDWR`.
+const O_APPEND_RDWR: u32 = 0o2002;
 /// `O_CREAT | O_RDWR`.
 const O_CREAT_RDWR: u32 = 0o102;
 /// `O_EXCL`.
@@ -268,11 +270,35 @@ impl Caches {
         }
     }
 
-    fn drop_pages_from(&self, ino: Ino, size: u64) {
+    /// Pages that are being read: what they bring is younger than all that the
+    /// filesystem has answered so far.
+    fn pages_to_come(&self, ino: Ino) -> BTreeSet<u64> {
+        let maps = self.maps.borrow();
+        let pages = maps.pages.get(&ino);
+        let unknown = |pages: &Pages| {
+            let locked = pages.locked.iter().copied();
+            locked
+                .filter(|page| !pages.pages.contains_key(page))
+                .collect()
+        };
+        pages.map_or_else(BTreeSet::new, unknown)
+    }
+
+    /// Cuts the pages off at `size`, but not `younger` ones. Linux would cut those,
+    /// too, when their reads have ended, although another node may have written more
+    /// before that. No filesystem can do anything about it (docs/coherence.md), so it
+    /// is left out here.
+    fn drop_pages_from(&self, ino: Ino, size: u64, younger: &BTreeSet<u64>) {
         if let Some(pages) = self.maps.borrow_mut().pages.get_mut(&ino) {
-            pages.pages.split_off(&size.div_ceil(PAGE));
-            if let Some(last) = pages.pages.get_mut(&(size / PAGE)) {
-                last[(size % PAGE) as usize..].fill(0);
+            let first_gone = size.div_ceil(PAGE);
+            pages
+                .pages
+                .retain(|page, _| *page < first_gone || younger.contains(page));
+            let last = size / PAGE;
+            if let Some(bytes) = pages.pages.get_mut(&last)
+                && !younger.contains(&last)
+            {
+                bytes[(size % PAGE) as usize..].fill(0);
             }
         }
     }
@@ -636,6 +662,9 @@ impl<P: Posix> Kernel<P> {
                     sync: *sync,
                     ..WriteHow::default()
                 };
+                if *append && self.caches.enabled && self.caches.walks.get() {
+                    return self.append(*ino, at, data, how).await;
+                }
                 self.write(*ino, open()?, at, data, how).await?
             }
             Call::Fsync { ino } => {
@@ -716,8 +745,9 @@ impl<P: Posix> Kernel<P> {
         let (attr, _) = self.fs.setattr(&self.cx, ino, set).await?;
         if let Some(size) = set.size {
             let gone = size / PAGE..u64::MAX;
+            let coming = self.caches.pages_to_come(ino);
             self.caches.lock_pages(ino, gone, |_| Vec::new()).await;
-            self.caches.drop_pages_from(ino, size);
+            self.caches.drop_pages_from(ino, size, &coming);
         }
         Ok(Reply::Attr(attr))
     }
@@ -845,6 +875,21 @@ impl<P: Posix> Kernel<P> {
             self.caches.drop_pages(ino);
         }
         Ok(Reply::Number(u64::from(written?)))
+    }
+
+    /// Appends as a program does that opens the file for it. Such a handle bypasses
+    /// the pages where the filesystem says so.
+    async fn append(&self, ino: Ino, at: u64, data: Bytes, how: WriteHow) -> Result<Reply, Errno> {
+        let opened = self.fs.open(&self.cx, ino, O_APPEND_RDWR).await?;
+        let fh = self.opened(ino, &opened).fh;
+        let written = if opened.direct_io {
+            let written = self.fs.write(&self.cx, ino, fh, at, data.into(), how).await;
+            written.map(|written| Reply::Number(u64::from(written)))
+        } else {
+            self.write(ino, fh, at, data, how).await
+        };
+        self.fs.release(ino, fh).await;
+        written
     }
 
     /// After a call: what it changed is no longer known.

@@ -458,6 +458,7 @@ impl Posix for Reference {
         // The bytes say which write they are from: find the tag that gives them.
         let len = data.len() as u32;
         let tag = (0..)
+            .flat_map(|tag| [tag, tag | crate::model::FLAT])
             .find(|tag| {
                 data.iter()
                     .take(64)

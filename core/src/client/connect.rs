@@ -94,6 +94,12 @@ async fn reconnect_for_ever(inner: &Rc<Inner>) {
         ) {
             look_for_eviction(inner).await;
         }
+        let tries = if was_greeted {
+            0
+        } else {
+            inner.tries.get() + 1
+        };
+        inner.tries.set(tries);
         if was_greeted {
             inner.detached.set(Some(inner.env.clock.now()));
             probe("client_reconnects");
@@ -145,10 +151,12 @@ async fn look_for_eviction(inner: &Inner) {
 
 /// One attempt, from finding the server to the end of the connection.
 async fn attempt(inner: &Rc<Inner>) -> ConnectError {
-    let addr = match inner.locator.find_server().await {
-        Ok(addr) => addr,
+    let addrs = match inner.locator.find_servers().await {
+        Ok(addrs) => addrs,
         Err(error) => return error.into(),
     };
+    // Where two may be the server each is tried in turn.
+    let addr = addrs[inner.tries.get() % addrs.len()];
     match race(talk(inner, addr), watch_for_another(inner, addr)).await {
         Either::Left(error) | Either::Right(error) => error,
     }
@@ -160,10 +168,10 @@ async fn attempt(inner: &Rc<Inner>) -> ConnectError {
 async fn watch_for_another(inner: &Inner, addr: SocketAddrV4) -> ConnectError {
     loop {
         inner.env.sleep(inner.config.server_check).await;
-        match inner.locator.find_server().await {
-            Ok(other) if other != addr => {
+        match inner.locator.find_servers().await {
+            Ok(others) if !others.contains(&addr) => {
                 probe("client_leaves_for_another_server");
-                return ConnectError::Replaced(other);
+                return ConnectError::Replaced(others[0]);
             }
             // Not readable is no answer.
             Ok(_) | Err(_) => {}

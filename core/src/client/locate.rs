@@ -8,7 +8,7 @@ use crate::block;
 use crate::btree::{self, BtreeError};
 use crate::env::{BlockDevice, Env};
 use crate::format::{Key, SuperBlock};
-use crate::quorum::{BlockIo, QuorumBlockError, Slots, find_server};
+use crate::quorum::{BlockIo, QuorumBlockError, Slots, find_servers};
 use std::net::SocketAddrV4;
 use std::rc::Rc;
 use thiserror::Error;
@@ -68,20 +68,23 @@ impl Locator {
         Ok(sb)
     }
 
-    /// Address of the server that the quorum blocks name. It may be gone, or not
-    /// listen yet.
+    /// Addresses at which the quorum blocks say that the server may be, the likeliest
+    /// first, at least one. It may be gone, or not listen yet.
     ///
     /// # Errors
     /// If any block of a present slot is unreadable, or none names a server.
-    pub async fn find_server(&self) -> Result<SocketAddrV4, LocateError> {
+    pub async fn find_servers(&self) -> Result<Vec<SocketAddrV4>, LocateError> {
         let slots = Slots::of(&self.read_super().await?.qconf);
         let mut blocks = Vec::new();
         for (slot, _) in slots.iter() {
             blocks.push((slot, self.io.read(slot).await?));
         }
-        let slot = find_server(blocks.iter().map(|(slot, block)| (*slot, block)));
-        slot.and_then(|slot| slots.addr(slot))
-            .ok_or(LocateError::NoServer)
+        let found = find_servers(blocks.iter().map(|(slot, block)| (*slot, block)));
+        let found: Vec<_> = found.into_iter().filter_map(|n| slots.addr(n)).collect();
+        match found.is_empty() {
+            true => Err(LocateError::NoServer),
+            false => Ok(found),
+        }
     }
 
     /// Whether the current super lists `rid` as a mounted client.

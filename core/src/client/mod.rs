@@ -160,6 +160,8 @@ struct Inner {
     /// Opens when the connection's task has ended.
     ended: Gate,
     evicted: Gate,
+    /// Attempts in vain since the last connection.
+    tries: Cell<usize>,
     /// Since when there is no connection, after there was one.
     detached: Cell<Option<Time>>,
 }
@@ -229,6 +231,7 @@ impl Client {
                 stop: Gate::default(),
                 ended: Gate::default(),
                 evicted: Gate::default(),
+                tries: Cell::default(),
                 detached: Cell::default(),
             }),
         }

@@ -194,6 +194,20 @@ impl Fs {
         Ok(())
     }
 
+    /// Adds the group lock of one more inode if its mode is at hand. Waits for nothing,
+    /// so the order of locks does not matter; no operation that changes anything may
+    /// use it.
+    pub fn try_lock_inode(&self, locked: &mut Locked, ino: Ino, mode: Mode) -> bool {
+        let scope = Scope::InodeGroup(group_of(ino));
+        if locked.guards.iter().any(|guard| guard.scope() == scope) {
+            return true;
+        }
+        let guard = self.locks.try_lock(scope, mode);
+        let taken = guard.is_some();
+        locked.guards.extend(guard);
+        taken
+    }
+
     /// Takes a zone lock (orphans, totl, indx, rename) after the ones already had.
     ///
     /// # Errors

@@ -16,7 +16,7 @@
 
 use super::api::Ino;
 use crate::env::HashMap;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
@@ -27,8 +27,6 @@ pub const RENAME: Ino = 0;
 #[derive(Debug, Default)]
 struct Table {
     locks: RefCell<HashMap<Ino, Arc<RwLock<()>>>>,
-    /// How often anybody took an inode alone.
-    taken_alone: Cell<u64>,
 }
 
 /// All local mutexes of a mount.
@@ -62,9 +60,6 @@ impl LocalLocks {
     }
 
     fn guard(&self, ino: Ino, held: Held) -> LocalGuard {
-        if matches!(held, Held::Alone(_)) {
-            self.table.taken_alone.set(self.taken_alone() + 1);
-        }
         LocalGuard {
             table: self.table.clone(),
             ino,
@@ -108,12 +103,6 @@ impl LocalLocks {
             }
         }
         guards
-    }
-
-    /// How often inodes were taken alone so far: while it stays, nothing that was
-    /// read under these mutexes changes.
-    pub fn taken_alone(&self) -> u64 {
-        self.table.taken_alone.get()
     }
 
     /// Number of inodes that somebody has or waits for; 0 on an idle mount.

@@ -151,24 +151,10 @@ impl Fs {
         let mut attempts = 0;
         loop {
             let before = self.revocations.get();
-            let Some(found) = self.peek(parent, name).await? else {
-                return Err(Errno::ENOENT.into());
-            };
-            let changes = self.changes();
-            // The directory's lock is not kept: locks are taken in order of
-            // numbers. The inode may vanish now; then the name has changed too.
-            let locked = self.lock_inodes(&[found.ino], Mode::Read).await?;
-            match self.load(&locked, found.ino).await {
-                Ok(inode) if inode.nlink > 0 => {
-                    drop(locked);
-                    if self.leads_to(parent, name, found.ino, changes).await? {
-                        return Ok(self.entry(&inode, before));
-                    }
-                    probe("fs.lookup_again");
-                }
-                Ok(_) | Err(FsError::Gone(_)) => probe("fs.lookup_again"),
-                Err(error) => return Err(error),
+            if let Some(inode) = self.lookup_once(parent, name).await? {
+                return Ok(self.entry(&inode, before));
             }
+            probe("fs.lookup_again");
             attempts += 1;
             if attempts == LOOKUP_ATTEMPTS {
                 return Err(Errno::ENOENT.into());
@@ -176,24 +162,40 @@ impl Fs {
         }
     }
 
-    /// Counts what may have changed names: see [`Fs::leads_to`].
-    pub(super) fn changes(&self) -> (u64, u64) {
-        (self.local.taken_alone(), self.revocations.get())
-    }
-
-    /// Whether a name still leads to an inode, as it did when `changes` were counted.
-    pub(super) async fn leads_to(
-        &self,
-        parent: Ino,
-        name: &[u8],
-        ino: Ino,
-        changes: (u64, u64),
-    ) -> FsResult<bool> {
-        if self.changes() == changes {
-            return Ok(true);
+    /// Reads the inode that a name has, both at one moment: who renames what this
+    /// names must not come between. `None` if it must be looked up again.
+    async fn lookup_once(&self, parent: Ino, name: &[u8]) -> FsResult<Option<Inode>> {
+        let mut locked = self.lock_inodes(&[parent], Mode::Read).await?;
+        let mut local = self.local.shared(parent).await;
+        let found = self.find_entry(locked.of(parent), parent, name).await?;
+        let Some(found) = found else {
+            let is_dir = self.load(&locked, parent).await?.is_dir();
+            return Err(if is_dir {
+                Errno::ENOENT
+            } else {
+                Errno::ENOTDIR
+            }
+            .into());
+        };
+        // In nearly all cases the inode's lock is the directory's, or is here. To wait
+        // for it, both have to be taken anew: in order of numbers.
+        if !self.try_lock_inode(&mut locked, found.ino, Mode::Read) {
+            probe("fs.lookup_waits");
+            drop((local, locked));
+            locked = self.lock_inodes(&[parent, found.ino], Mode::Read).await?;
+            local = self.local.shared(parent).await;
+            let again = self.find_entry(locked.of(parent), parent, name).await?;
+            if again.is_none_or(|again| again.ino != found.ino) {
+                return Ok(None);
+            }
         }
-        let found = self.peek(parent, name).await?;
-        Ok(found.is_some_and(|found| found.ino == ino))
+        let loaded = self.load(&locked, found.ino).await;
+        drop(local);
+        match loaded {
+            Ok(inode) if inode.nlink > 0 => Ok(Some(inode)),
+            Ok(_) | Err(FsError::Gone(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Opens an inode by number (spec 12 section 19).

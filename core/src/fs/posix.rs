@@ -8,6 +8,7 @@ use super::api::{
 use super::create::{Made, New, node_mode};
 use super::error::{FsError, FsResult};
 use super::inode::{S_IFDIR, S_IFLNK, S_IFMT, S_IFREG};
+use super::remove::named;
 use super::rename::Name;
 use crate::env::{Duration, probe};
 use crate::errno::Errno;
@@ -47,6 +48,16 @@ fn dirties(flags: u32) -> bool {
     }
 }
 
+/// The mode of a file's lock under which it is opened. Pages that the kernel has now
+/// were given under what the lock is at the moment: from here on those that it may
+/// dirty must be under WRITE.
+fn mode_to_open(flags: u32) -> Mode {
+    match dirties(flags) {
+        true => Mode::Write,
+        false => Mode::Read,
+    }
+}
+
 /// Bit of a handle by which the kernel may dirty pages.
 const FH_DIRTIES: u64 = 1;
 /// Bit of a handle that bypasses the kernel's pages.
@@ -65,13 +76,7 @@ impl Fs {
 
     async fn do_open(&self, cx: &Caller, ino: Ino, flags: u32, dir: bool) -> FsResult<Opened> {
         {
-            // Pages that the kernel has now were given under what the lock is at
-            // the moment: from here on they must be under WRITE.
-            let mode = match dirties(flags) {
-                true => Mode::Write,
-                false => Mode::Read,
-            };
-            let locked = self.lock_inodes(&[ino], mode).await?;
+            let locked = self.lock_inodes(&[ino], mode_to_open(flags)).await?;
             // A deletion has the inode alone: the bit is set before or after it.
             let _local = self.local.shared(ino).await;
             let inode = self.load(&locked, ino).await?;
@@ -84,19 +89,12 @@ impl Fs {
             self.table.open(ino, dirties(flags));
         }
         let opened = self.opened(flags);
-        if flags & O_TRUNC != 0 && !dir {
-            let set = SetAttr {
-                size: Some(0),
-                ..SetAttr::default()
-            };
-            let kill = SetAttr {
-                kill_suidgid: cx.uid != 0,
-                ..set
-            };
-            if let Err(error) = self.do_setattr(ino, &kill).await {
-                self.do_release(ino, opened.fh).await;
-                return Err(error);
-            }
+        if flags & O_TRUNC != 0
+            && !dir
+            && let Err(error) = self.cut_opened(cx, ino).await
+        {
+            self.do_release(ino, opened.fh).await;
+            return Err(error);
         }
         Ok(opened)
     }
@@ -148,6 +146,9 @@ impl Fs {
     }
 
     /// Opens the file that a name has now; ENOENT if the name or its file went.
+    ///
+    /// Name and file are looked at under both locks: the answer tells of one moment,
+    /// not of a name as it was and attributes as they became.
     async fn open_existing(
         &self,
         cx: &Caller,
@@ -155,44 +156,55 @@ impl Fs {
         name: &[u8],
         flags: u32,
     ) -> FsResult<(Entry, Opened)> {
-        // Opening may wait long after the lookup.
+        let Some(seen) = self.peek(parent, name).await? else {
+            return Err(Errno::ENOENT.into());
+        };
+        let ino = seen.ino;
         let before = self.revocations.get();
-        let changes = self.changes();
-        let mut entry = self.do_lookup(parent, name).await?;
-        let ino = entry.attr.ino;
-        let opened = match entry.attr.mode & S_IFMT {
-            // The kernel has to walk the path again.
-            S_IFLNK | S_IFDIR => Err(Errno::ESTALE.into()),
-            _ => self.do_open(cx, ino, flags, false).await,
-        };
-        let opened = match opened {
-            Ok(opened) => opened,
-            Err(error) => {
-                self.table.forget(ino, 1);
-                return Err(match error {
-                    FsError::Gone(gone) if gone == ino => Errno::ENOENT.into(),
-                    error => error,
-                });
+        let mut entry = {
+            let locked = self
+                .lock_inodes(&[parent, ino], mode_to_open(flags))
+                .await?;
+            let _local = self.local.all_alone(&mut [parent, ino]).await;
+            let found = self.find_entry(locked.of(parent), parent, name).await?;
+            if found.is_none_or(|found| found.ino != ino) {
+                return Err(Errno::ENOENT.into());
             }
-        };
-        // Opening may have cut the file off. And the kernel takes the attributes
-        // of a created file for newer than any it has: others write to this one,
-        // so they are not to be believed for longer than this answer.
-        let seen = async {
-            entry.attr = self.do_getattr(ino).await?.0;
-            match self.leads_to(parent, name, ino, changes).await? {
-                true => Ok(()),
-                false => Err(Errno::ENOENT.into()),
+            let inode = named(ino, self.load(&locked, ino).await)?;
+            if matches!(inode.mode & S_IFMT, S_IFLNK | S_IFDIR) {
+                // The kernel has to walk the path again.
+                return Err(Errno::ESTALE.into());
             }
+            self.table.open(ino, dirties(flags));
+            self.entry(&inode, before)
         };
-        if let Err(error) = seen.await {
-            self.table.forget(ino, 1);
-            self.do_release(ino, opened.fh).await;
-            return Err(error);
+        let opened = self.opened(flags);
+        if flags & O_TRUNC != 0 {
+            match self.cut_opened(cx, ino).await {
+                Ok(attr) => entry.attr = attr,
+                Err(error) => {
+                    self.table.forget(ino, 1);
+                    self.do_release(ino, opened.fh).await;
+                    return Err(error);
+                }
+            }
+            entry.entry_valid = entry.entry_valid.min(self.valid_since(before));
         }
-        entry.entry_valid = entry.entry_valid.min(self.valid_since(before));
+        // The kernel takes the attributes of a created file for newer than any it
+        // has: others write to this one, so they are not to be believed for longer
+        // than this answer.
         entry.attr_valid = Duration::ZERO;
         Ok((entry, opened))
+    }
+
+    /// `O_TRUNC` of a file that was just opened.
+    async fn cut_opened(&self, cx: &Caller, ino: Ino) -> FsResult<Attr> {
+        let set = SetAttr {
+            size: Some(0),
+            kill_suidgid: cx.uid != 0,
+            ..SetAttr::default()
+        };
+        Ok(self.do_setattr(ino, &set).await?.0)
     }
 }
 

@@ -498,6 +498,8 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         self.locks.clear_hooks();
+        // Its look at the volume has parts of the mount, which have the guard.
+        self.guard.shut();
     }
 }
 

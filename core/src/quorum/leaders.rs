@@ -14,20 +14,31 @@ pub fn unresolved(block: &QuorumBlock) -> bool {
 }
 
 /// The slot of the server: the unresolved leader of the greatest term. `None`: there is none.
+///
+/// Where one vote is enough there can be two of one term. Only one serves: who has
+/// fenced the other and recorded FENCE. The other's block stays as it is, also when
+/// another mount takes its slot, which hears the leader and is never elected.
 pub fn find_server<'a>(
     blocks: impl IntoIterator<Item = (usize, &'a QuorumBlock)>,
 ) -> Option<usize> {
-    blocks
-        .into_iter()
-        .filter(|(_, block)| unresolved(block))
-        // The lowest slot of those of the same term, as the original's walk.
-        .min_by_key(|(slot, block)| {
-            (
-                std::cmp::Reverse(term(block, QuorumEventKind::Elect)),
-                *slot,
-            )
-        })
-        .map(|(slot, _)| slot)
+    find_servers(blocks).first().copied()
+}
+
+/// The slots in which the server may be, the likeliest first: all unresolved leaders of
+/// the greatest term. Of two that have fenced in one term one fenced the other, and no
+/// block says which.
+pub fn find_servers<'a>(blocks: impl IntoIterator<Item = (usize, &'a QuorumBlock)>) -> Vec<usize> {
+    let elect = |block: &QuorumBlock| term(block, QuorumEventKind::Elect);
+    let blocks = blocks.into_iter().filter(|(_, block)| unresolved(block));
+    let mut leaders: Vec<(usize, &QuorumBlock)> = blocks.collect();
+    let greatest = leaders.iter().map(|(_, block)| elect(block)).max();
+    leaders.retain(|(_, block)| Some(elect(block)) == greatest);
+    // One that serves first, else that of the lowest slot, as the original's walk.
+    leaders.sort_by_key(|(slot, block)| {
+        let serves = term(block, QuorumEventKind::Fence) == elect(block);
+        (!serves, *slot)
+    });
+    leaders.into_iter().map(|(slot, _)| slot).collect()
 }
 
 /// Whether a leader of a greater term than `own_term` shows: the server of

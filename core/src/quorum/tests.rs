@@ -5,7 +5,7 @@ use super::agent::{
 };
 use super::brain::{Brain, Effect, Input, Message, MessageKind, Policy, ServerPhase};
 use super::config::{ConfigError, Slots};
-use super::leaders::{LeaderCandidate, fence_candidates, stop_would_hide, superseded};
+use super::leaders::{LeaderCandidate, fence_candidates, find_server, stop_would_hide, superseded};
 use crate::env::testing::{TestEntropy, TestWorld};
 use crate::env::testnet::{TestNet, TestNetHandle};
 use crate::env::{Duration, Entropy, Env, LocalBoxFuture, Signal, Time};
@@ -46,6 +46,18 @@ fn fenced(blocks: &[QuorumBlock]) -> Vec<(u64, u64)> {
         .into_iter()
         .map(|LeaderCandidate { rid, term, .. }| (rid, term))
         .collect()
+}
+
+#[test]
+fn the_server_is_the_leader_that_fenced_the_other_of_its_term() {
+    let found = |blocks: &[QuorumBlock]| find_server(blocks.iter().enumerate());
+    let elected = block((7, A), (0, 0), (0, 0));
+    let serves = block((7, B), (7, B), (0, 0));
+    assert_eq!(found(&[elected, serves]), Some(1));
+    assert_eq!(found(&[serves, elected]), Some(0));
+    assert_eq!(found(&[elected, elected]), Some(0), "the lowest slot");
+    assert_eq!(found(&[serves, block((8, C), (0, 0), (0, 0))]), Some(1));
+    assert_eq!(found(&[block((7, A), (7, A), (7, A))]), None);
 }
 
 #[test]

@@ -245,27 +245,38 @@ impl Server {
         }
     }
 
-    /// Takes back everything of a mount that said farewell or was fenced, durably
-    /// (spec 09 section 10).
+    /// Takes back everything of a mount that was fenced, durably (spec 09 section 10).
     pub(super) async fn reclaim(self: &Rc<Self>, rid: u64) -> Result<()> {
+        self.reclaim_all(&[rid]).await
+    }
+
+    /// Takes back everything of mounts that said farewell or were fenced. Their items
+    /// are deleted together, last: of a majority that leaves together nobody stays
+    /// behind, whenever this server ends.
+    pub(super) async fn reclaim_all(self: &Rc<Self>, rids: &[u64]) -> Result<()> {
         let _one = self.reclaiming.lock().await;
-        self.departed.borrow_mut().insert(rid);
-        tracing::info!(rid = format_args!("{rid:016x}"), "reclaiming");
-        loop {
-            self.forget_locks(rid);
-            self.env.spawner.yield_point("server.reclaim").await;
-            if self.store.reclaim_pass(rid).await? == super::Progress::Done {
-                break;
+        self.departed.borrow_mut().extend(rids);
+        for &rid in rids {
+            tracing::info!(rid = format_args!("{rid:016x}"), "reclaiming");
+            loop {
+                self.forget_locks(rid);
+                self.env.spawner.yield_point("server.reclaim").await;
+                if self.store.reclaim_pass(rid).await? == super::Progress::Done {
+                    break;
+                }
+                probe("server.reclaim.in_progress");
             }
-            probe("server.reclaim.in_progress");
         }
-        self.forget_locks(rid);
-        let mut actions = Vec::new();
-        self.omap.borrow_mut().remove_client(rid, &mut actions);
-        self.send_omap(actions);
-        let outcomes = self.recovery.borrow_mut().gone(rid);
-        self.locks_told(rid);
-        self.recovered(outcomes);
+        self.store.delete_mounted(rids).await?;
+        for &rid in rids {
+            self.forget_locks(rid);
+            let mut actions = Vec::new();
+            self.omap.borrow_mut().remove_client(rid, &mut actions);
+            self.send_omap(actions);
+            let outcomes = self.recovery.borrow_mut().gone(rid);
+            self.locks_told(rid);
+            self.recovered(outcomes);
+        }
         Ok(())
     }
 

@@ -138,7 +138,14 @@ impl Server {
     /// Lets those go that may go now. All of them are reclaimed before the first is
     /// answered: an answer may end the mount that this server lives in, and who leaves
     /// with it would find no other server.
+    ///
+    /// Once the mount that this server lives in was let go, the server ends at any moment,
+    /// and nobody else is let go: some of a last majority would be left behind.
     async fn let_go(self: &Rc<Self>) -> super::error::Result<()> {
+        if self.departed.borrow().contains(&self.config.rid) {
+            probe("server.farewell.own_mount_has_left");
+            return Ok(());
+        }
         // The locks of one whose locks are still awaited would be recovered after it
         // left, and never go away. Until then it does not count as leaving.
         let awaited = |rid: &u64| self.recovery.borrow().is_pending(*rid, Kind::Locks);
@@ -155,9 +162,7 @@ impl Server {
         let mut go = may_leave(&leaving, &mounted, votes);
         let here = |rid: u64| leaving.contains(&rid) || self.is_here(rid);
         keep_majority(&mut go, &mounted, votes, here);
-        for rid in &go {
-            self.reclaim(*rid).await?;
-        }
+        self.reclaim_all(&go).await?;
         if go.len() > 1 {
             probe("server.farewell.together");
         }

@@ -3,7 +3,8 @@
 //! the caller's.
 //!
 //! One pass is one commit. Every step can be repeated; the mounted client item is
-//! deleted last, so that a crash anywhere leaves the "to do" mark.
+//! deleted last, in a commit of its own, so that a crash anywhere leaves the "to do"
+//! mark.
 //!
 //! What can go wrong: reclaiming a mount that can still write. Its free blocks go
 //! to others; only a fence, or its farewell, comes before this.
@@ -17,7 +18,8 @@ use crate::format::{Key, SrchCompact};
 use std::rc::Rc;
 
 impl Store {
-    /// One pass; `More` asks for another commit.
+    /// One pass; `More` asks for another commit. [`Store::delete_mounted`] comes after
+    /// the last.
     ///
     /// # Errors
     /// The server stops with any of them.
@@ -28,11 +30,24 @@ impl Store {
             }
             self.cancel_compactions(d, rid).await.or_fatal()?;
             self.cancel_merge_requests(d, rid).await.or_fatal()?;
-            let key = Key::mounted_client(rid);
-            items::delete(&self.tx, &mut d.sup.mounted_clients, key)
-                .await
-                .or_fatal()?;
             Ok(Progress::Done)
+        })
+        .await
+    }
+
+    /// The end of a reclaim: these mounts are no more, all at once.
+    ///
+    /// # Errors
+    /// The server stops with any of them.
+    pub(super) async fn delete_mounted(self: &Rc<Self>, rids: &[u64]) -> Result<()> {
+        self.change(async |d| {
+            for &rid in rids {
+                let key = Key::mounted_client(rid);
+                items::delete(&self.tx, &mut d.sup.mounted_clients, key)
+                    .await
+                    .or_fatal()?;
+            }
+            Ok(())
         })
         .await
     }

@@ -196,6 +196,11 @@ impl Disks {
     /// The world is over: gives their contents back, whoever still holds them.
     pub fn end(&self) {
         self.clear_trap();
+        self.machines.traps.take();
+        self.machines.watch.take();
+        // Requests of machines that stand still own the devices.
+        let parked = self.machines.frozen.take();
+        drop(parked);
         for disk in [&self.meta, &self.data] {
             disk.flights.borrow_mut().clear();
             let size = disk.medium.borrow().size();
@@ -243,9 +248,12 @@ impl Disks {
     }
 
     /// Refuses requests of machine `node` from now on, as storage does after its
-    /// registration was taken away; those in flight end here.
+    /// registration was taken away. Of its writes in flight each sector is written or
+    /// not, now; then all its requests in flight end with an error, as the machine may
+    /// live and wait for them.
     pub fn bar(&self, node: u32) {
-        self.end_of(node);
+        self.meta.end_of(node);
+        self.data.end_of(node);
         self.machines.barred.borrow_mut().insert(node);
     }
 
@@ -473,12 +481,7 @@ impl Handle {
             return Err(DeviceError::Shut);
         }
         if self.disk.machines.barred.borrow().contains(&self.node) {
-            return Err(DeviceError::Io {
-                op,
-                offset,
-                len,
-                detail: "reservation conflict".to_owned(),
-            });
+            return Err(Ended::Refused.error(op, offset, len));
         }
         Ok(())
     }
@@ -489,7 +492,7 @@ impl Handle {
         op: DiskOp,
         offset: u64,
         len: u64,
-        finish: impl FnOnce(&Disk, bool) -> T + 'static,
+        finish: impl FnOnce(&Disk, Ended) -> T + 'static,
     ) -> oneshot::Receiver<T> {
         let (tell, told) = oneshot::channel();
         let disk = Rc::clone(&self.disk);
@@ -502,15 +505,25 @@ impl Handle {
             if disk.epoch.get() != epoch || disk.machines.epoch(node) != own_epoch {
                 return;
             }
-            let failed = disk.fails(op);
-            let args = [disk.role_word(), op as u64, offset, len, u64::from(failed)];
+            let ended = if disk.machines.barred.borrow().contains(&node) {
+                Ended::Refused
+            } else if disk.fails(op) {
+                Ended::Failed
+            } else {
+                Ended::Well
+            };
+            let args = [disk.role_word(), op as u64, offset, len, ended as u64];
             disk.sim
                 .trace
                 .event(disk.sim.now(), node, op.event(), &args, || {
-                    let outcome = if failed { " FAILED" } else { "" };
+                    let outcome = match ended {
+                        Ended::Well => "",
+                        Ended::Failed => " FAILED",
+                        Ended::Refused => " REFUSED",
+                    };
                     format!("{:?} {offset:#x}+{len:#x}{outcome}", disk.role)
                 });
-            let out = finish(&disk, failed);
+            let out = finish(&disk, ended);
             let _ = tell.send(out);
         };
         sim.call_at(at, move || {
@@ -523,12 +536,28 @@ impl Handle {
     }
 }
 
-fn injected(op: &'static str, offset: u64, len: u64) -> DeviceError {
-    DeviceError::Io {
-        op,
-        offset,
-        len,
-        detail: "injected".to_owned(),
+/// How a request ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Well,
+    /// An injected error.
+    Failed,
+    /// The machine was barred while the request was in flight.
+    Refused,
+}
+
+impl Ended {
+    fn error(self, op: &'static str, offset: u64, len: u64) -> DeviceError {
+        let detail = match self {
+            Ended::Refused => "reservation conflict",
+            _ => "injected",
+        };
+        DeviceError::Io {
+            op,
+            offset,
+            len,
+            detail: detail.to_owned(),
+        }
     }
 }
 
@@ -556,9 +585,9 @@ impl BlockDevice for Handle {
             return Box::pin(std::future::ready((buf, Err(error))));
         }
         let mut buf = buf;
-        let told = self.complete(DiskOp::Read, offset, len, move |disk, failed| {
-            if failed {
-                return (buf, Err(injected("read", offset, len)));
+        let told = self.complete(DiskOp::Read, offset, len, move |disk, ended| {
+            if ended != Ended::Well {
+                return (buf, Err(ended.error("read", offset, len)));
             }
             let medium = disk.medium.borrow();
             medium.read(offset, &mut buf);
@@ -601,12 +630,16 @@ impl BlockDevice for Handle {
                 seat: self.life.seat(),
             },
         );
-        let told = self.complete(DiskOp::Write, offset, len, move |disk, failed| {
+        let told = self.complete(DiskOp::Write, offset, len, move |disk, ended| {
+            if ended == Ended::Refused {
+                // Its sectors landed, or not, when the machine was barred.
+                return Err(ended.error("write", offset, len));
+            }
             let flight = disk.flights.borrow_mut().remove(&id);
             let flight = flight.expect("a write in flight until it completes");
-            if failed {
+            if ended == Ended::Failed {
                 disk.land(&flight, |_| disk.rng.chance(500));
-                return Err(injected("write", offset, len));
+                return Err(ended.error("write", offset, len));
             }
             let mut medium = disk.medium.borrow_mut();
             medium.write(flight.offset, &flight.bufs, flight.fua);
@@ -623,11 +656,13 @@ impl BlockDevice for Handle {
             return Box::pin(std::future::ready(Err(error)));
         }
         let point = self.disk.medium.borrow().flush_point();
-        let told = self.complete(DiskOp::Flush, 0, 0, move |disk, failed| {
+        let told = self.complete(DiskOp::Flush, 0, 0, move |disk, ended| {
             let mut medium = disk.medium.borrow_mut();
-            if failed {
+            if ended == Ended::Failed {
                 medium.fail_flush(point, &disk.rng);
-                return Err(injected("flush", 0, 0));
+            }
+            if ended != Ended::Well {
+                return Err(ended.error("flush", 0, 0));
             }
             medium.settle(point);
             Ok(())
@@ -729,6 +764,24 @@ mod tests {
             });
             write().await.unwrap();
             assert!(host.sim.now() >= until);
+        });
+    }
+
+    #[test]
+    fn requests_in_flight_of_a_barred_machine_end_with_an_error() {
+        simulate(7, async |host: Host| {
+            let device = host.disks.open(&host, DeviceRole::Meta);
+            let write = device.write(0, vec![buf(1, 4096)], WriteFlags::default());
+            let read = device.read(0, AlignedBuf::zeroed(4096));
+            let flush = device.flush();
+            host.disks.bar(host.node.id);
+            assert!(matches!(write.await, Err(DeviceError::Io { .. })));
+            assert!(matches!(read.await.1, Err(DeviceError::Io { .. })));
+            assert!(matches!(flush.await, Err(DeviceError::Io { .. })));
+            let later = device.read(0, AlignedBuf::zeroed(4096)).await;
+            assert!(matches!(later.1, Err(DeviceError::Io { .. })));
+            host.disks.admit(host.node.id);
+            assert!([0, 1].contains(&byte(&device, 0).await));
         });
     }
 

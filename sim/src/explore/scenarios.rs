@@ -61,11 +61,14 @@ const fn quorum(members: usize, terms: u64, crashes: u8, departures: u8, failure
 }
 
 /// Planted bugs that an exploration sees, and the configuration that shows each.
-pub const MUTANTS: [(&str, &str); 4] = [
+pub const MUTANTS: [(&str, &str); 7] = [
     ("stop_hides_predecessor", "lone-member"),
     ("stale_leader_starts", "two-members"),
     ("fence_recorded_late", "lone-member"),
     ("early_grant_applied", "readers-and-writer"),
+    ("recovery_tells_new_mode", "readers-and-writer"),
+    ("revoked_asks_for_nobody", "readers-and-writer"),
+    ("votes_twice", "three-members"),
 ];
 
 /// All configurations.

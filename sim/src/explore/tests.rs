@@ -58,3 +58,21 @@ fn a_grant_taken_while_the_cleanup_runs_is_seen() {
     let text = broken("early_grant_applied", "readers-and-writer");
     assert!(text.contains("cleans up"), "{text}");
 }
+
+#[test]
+fn a_mount_that_tells_less_than_it_has_in_recovery_is_seen() {
+    let text = broken("recovery_tells_new_mode", "readers-and-writer");
+    assert!(text.contains("the server records less"), "{text}");
+}
+
+#[test]
+fn a_waiter_that_nobody_asks_for_after_a_revocation_is_seen() {
+    let text = broken("revoked_asks_for_nobody", "readers-and-writer");
+    assert!(text.contains("waits for ever"), "{text}");
+}
+
+#[test]
+fn a_member_that_votes_twice_is_seen() {
+    let text = broken("votes_twice", "three-members");
+    assert!(text.contains("votes twice"), "{text}");
+}

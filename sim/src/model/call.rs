@@ -287,8 +287,13 @@ impl Reply {
     }
 }
 
+/// Bit of the tags of writes whose place the writer can not know, as another node may
+/// move the end of the file: all their bytes are the same.
+pub const FLAT: u64 = 1 << 63;
+
 /// The byte that the write with this tag puts at this offset: never zero.
 pub fn pattern_byte(tag: u64, offset: u64) -> u8 {
+    let offset = if tag & FLAT == 0 { offset } else { 0 };
     let mixed = (offset ^ (tag << 7)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
     (mixed as u8).max(1)
 }

@@ -15,7 +15,7 @@ mod execute;
 pub mod memo;
 pub mod recover;
 
-pub use call::{Call, Reply, pattern, pattern_byte};
+pub use call::{Call, FLAT, Reply, pattern, pattern_byte};
 pub use memo::{Memo, Page};
 
 use bytes::Bytes;

@@ -122,6 +122,19 @@ impl<'a> Later<'a> {
     }
 }
 
+impl Later<'_> {
+    /// Whether a read that began at `offset` may have given `got`: what is in place
+    /// may show calls that are not part of the state, where there was a place.
+    pub fn explains_read(&self, ino: Ino, file: &Inode, offset: u64, len: u32, got: &[u8]) -> bool {
+        let want = file.read(offset, u64::from(len));
+        want.len() == got.len()
+            && want.iter().zip(got).zip(offset..).all(|((want, got), at)| {
+                let placed = || file.blocks.contains_key(&(at / BLOCK));
+                want == got || placed() && self.explains(ino, at, *got)
+            })
+    }
+}
+
 impl Model {
     /// Compares what a crash leaves of this state with an observed one. `later`
     /// is asked only if nothing but contents differs.

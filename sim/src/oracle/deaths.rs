@@ -60,6 +60,8 @@ impl Item<'_> {
 const QUICK: u64 = 1_500;
 /// Choices tried before it is given up.
 const CHOICES: usize = 400;
+/// Of explanations that are equally near so many bytes are shown.
+const TEXT: usize = 8_000;
 /// How many of the states that came before are tried.
 const STATES: usize = 3;
 
@@ -206,6 +208,9 @@ impl<'a, 'b> Search<'a, 'b> {
         let mut states = Vec::new();
         if let Some(reply) = &record.reply {
             states = state.apply(&record.call, reply, &record.cx);
+            if states.is_empty() && self.shows_lost(state, &record.call, reply) {
+                states.push(state.clone());
+            }
             if item.role == Role::Certain || !record.is_uncertain() {
                 return states;
             }
@@ -223,6 +228,19 @@ impl<'a, 'b> Search<'a, 'b> {
         }
         states.extend(state.take_effect(&record.call, None, &cx));
         states
+    }
+
+    /// Whether a read shows what the lost calls have written: data is written in
+    /// place before the transaction is committed, so it stays where there was a block
+    /// (spec 14 section 20).
+    fn shows_lost(&self, state: &Model, call: &Call, reply: &Reply) -> bool {
+        let (Call::Read { ino, offset, len }, Reply::Bytes(got)) = (call, reply) else {
+            return false;
+        };
+        let later = Later::new(self.lost.iter().copied());
+        state
+            .get(*ino)
+            .is_some_and(|file| later.explains_read(*ino, file, *offset, *len, got))
     }
 
     fn later(&self) -> Later<'a> {
@@ -522,14 +540,24 @@ impl Chooser<'_> {
         search.run(self.base, budget, &self.spent)
     }
 
-    /// When a dead mount's last transaction may have begun, the latest first.
+    /// When a dead mount's last transaction may have begun, the latest first: before
+    /// one of its calls began; or while one was under way, after another that had
+    /// begun later, which is then kept.
     fn times(&self, seat: u32) -> Vec<u64> {
         let of_seat = self.records.iter().filter(|r| r.cx.seat == seat);
-        let mut times: Vec<u64> = of_seat
+        let fragile: Vec<&Record> = of_seat
             .filter(|record| !record.durable && record.has_effect())
-            .map(|record| record.began)
             .collect();
+        let outlasts = |long: &Record, short: &Record| {
+            long.began < short.began && short.end() < long.end() && long.end() < u64::MAX
+        };
+        let late = fragile
+            .iter()
+            .filter(|long| fragile.iter().any(|short| outlasts(long, short)))
+            .map(|long| long.end());
+        let mut times: Vec<u64> = fragile.iter().map(|r| r.began).chain(late).collect();
         times.sort_unstable();
+        times.dedup();
         times.push(u64::MAX);
         times.reverse();
         times
@@ -557,6 +585,8 @@ impl Chooser<'_> {
             };
             if differ < nearest.0 || nearest.1.is_empty() {
                 nearest = (differ, text);
+            } else if differ == nearest.0 && nearest.1.len() < TEXT && nearest.1 != text {
+                nearest.1 = format!("{}\n or: {text}", nearest.1);
             }
             Err(differ)
         };

@@ -639,3 +639,84 @@ fn contents_that_were_shown_before_a_commit_flushed_them_may_be_taken_back() {
     committed().recovered(&with_mode(with_page(3))).unwrap();
     refused(&mut committed(), &with_mode(old.clone()));
 }
+
+/// One call of a mount, all of it after what came before.
+fn by(oracle: &mut Oracle, seat: u32, call: Call, reply: Reply) {
+    let cx = Context { seat, ..cx(0, 0) };
+    let number = oracle.begin(call, cx);
+    oracle.end(number, reply, cx);
+}
+
+fn first_block(tag: u64) -> (Call, Reply) {
+    let call = Call::Write {
+        ino: 7,
+        offset: 0,
+        len: 4096,
+        tag,
+        append: false,
+        sync: false,
+    };
+    (call, Reply::Number(4096))
+}
+
+fn state_of(calls: &[(Call, Reply)]) -> Model {
+    let mut oracle = oracle();
+    for (call, reply) in calls {
+        by(&mut oracle, 2, call.clone(), reply.clone());
+    }
+    oracle.quiet().expect("these answers are right");
+    oracle.state().clone()
+}
+
+#[test]
+fn a_commit_may_keep_a_call_and_lose_one_that_began_before_it_and_ended_after_it() {
+    let attempt = |observed: &Model| {
+        let mut oracle = oracle();
+        let one = Context {
+            seat: 1,
+            ..cx(0, 0)
+        };
+        let long = oracle.begin(create("a"), one);
+        by(&mut oracle, 1, create("b"), made(8));
+        oracle.end(long, made(7), one);
+        by(&mut oracle, 1, create("c"), made(9));
+        let at = oracle.moment();
+        oracle.lost(&[Death { seat: 1, at }], observed)
+    };
+    assert_eq!(attempt(&state_of(&[(create("b"), made(8))])), Ok(()));
+    let both = [(create("a"), made(7)), (create("b"), made(8))];
+    assert_eq!(attempt(&state_of(&both)), Ok(()));
+    let suffix_only = attempt(&state_of(&[(create("c"), made(9))]));
+    assert!(suffix_only.is_err(), "it began when both others had ended");
+}
+
+#[test]
+fn a_read_may_show_what_a_dead_mount_wrote_in_place_and_nothing_else() {
+    let file = (create("a"), made(7));
+    let attempt = |blocks: &[u64], shown: u64, observed: &[u64]| {
+        let mut oracle = oracle();
+        by(&mut oracle, 2, file.0.clone(), file.1.clone());
+        for tag in blocks {
+            let (call, reply) = first_block(*tag);
+            by(&mut oracle, 2, call, reply);
+        }
+        by(&mut oracle, 2, Call::Syncfs, Reply::Done);
+        let (call, reply) = first_block(2);
+        by(&mut oracle, 1, call, reply);
+        let at = oracle.moment();
+        let read = Call::Read {
+            ino: 7,
+            offset: 0,
+            len: 4096,
+        };
+        let bytes = crate::model::pattern(shown, 0, 4096);
+        by(&mut oracle, 2, read, Reply::Bytes(bytes));
+        let writes = observed.iter().map(|tag| first_block(*tag));
+        let calls: Vec<(Call, Reply)> = [file.clone()].into_iter().chain(writes).collect();
+        oracle.lost(&[Death { seat: 1, at }], &state_of(&calls))
+    };
+    assert_eq!(attempt(&[1], 1, &[1]), Ok(()), "all of it is lost");
+    assert_eq!(attempt(&[1], 2, &[1, 2]), Ok(()), "it stayed in place");
+    assert!(attempt(&[1], 3, &[1]).is_err(), "nobody wrote that");
+    assert!(attempt(&[], 2, &[]).is_err(), "there was no place for it");
+}

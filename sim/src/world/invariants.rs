@@ -3,7 +3,9 @@
 //! nothing is awaited: looking changes nothing.
 //!
 //! What can go wrong: judging a mount that is no more. A process that ended, or a
-//! mount that was severed, holds nothing: its locks are others' to have.
+//! mount that was severed, holds nothing: its locks are others' to have. So are those
+//! of a mount that has said farewell, from when the server hears it (spec 08 section
+//! 9), which is before the mount hears the answer.
 
 use crate::backend::Life;
 use outrider_core::locks::{Mode, Scope, client::LockState};
@@ -51,6 +53,9 @@ pub fn broken(watched: &[Watched]) -> Option<String> {
         if let Some(text) = of_one(&mount, &table) {
             return Some(format!("mount {rid:016x}: {text}"));
         }
+        if has_left(&mount, &table) {
+            continue;
+        }
         for state in &table {
             let (key, mode) = (state.scope.range().start, held(state));
             let other = *everywhere.entry(key).or_insert((rid, mode));
@@ -66,6 +71,14 @@ pub fn broken(watched: &[Watched]) -> Option<String> {
         }
     }
     None
+}
+
+/// Whether a mount makes no use of the locks it still lists, and never will: it takes
+/// no more, nobody uses one, and nothing waits to be written under one.
+fn has_left(mount: &Mount, table: &[LockState]) -> bool {
+    let used = |state: &LockState| state.users.iter().any(|users| *users > 0);
+    let dirty = || mount.log().cached_ranges().iter().any(|(_, dirty)| *dirty);
+    mount.locks().is_stopped() && !table.iter().any(used) && !dirty()
 }
 
 /// What must hold within one mount.

@@ -22,9 +22,7 @@ use crate::oracle::{Oracle, Violation};
 use crate::plan::Plan;
 use crate::trace::{Sink, Trace};
 use outrider_core::env::{set_mutant, set_probe_sink};
-use outrider_core::format::Key;
 use outrider_core::fs::api::{KernelCache, Posix};
-use outrider_core::locks::Mode;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -60,10 +58,6 @@ pub trait System: Sized + 'static {
     /// Completes when the cluster has declared this mount dead.
     async fn evicted(&self) {
         std::future::pending().await
-    }
-    /// The cluster locks it has, by their first key; for comparison across mounts.
-    fn locks(&self) -> Vec<(Key, Mode)> {
-        Vec::new()
     }
     /// What waits in it, for a failure of liveness.
     fn waits(&self) -> String {

@@ -5,7 +5,6 @@ use super::{MountError, System};
 use crate::backend::{Host, Node};
 use crate::plan::Plan;
 use outrider_core::env::{DeviceRole, Duration, Env, Gate, LocalBoxFuture, Time};
-use outrider_core::format::Key;
 use outrider_core::fs::Fs;
 use outrider_core::fs::api::KernelCache;
 use outrider_core::locks::Mode;
@@ -193,19 +192,6 @@ impl System for Outrider {
 
     async fn evicted(&self) {
         self.mount.evicted().await;
-    }
-
-    fn locks(&self) -> Vec<(Key, Mode)> {
-        let table = self.mount.locks().table();
-        table
-            .iter()
-            .map(|lock| {
-                (
-                    lock.scope.range().start,
-                    lock.invalidating.unwrap_or(lock.mode),
-                )
-            })
-            .collect()
     }
 
     fn waits(&self) -> String {

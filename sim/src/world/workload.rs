@@ -4,7 +4,7 @@ use super::life::Fate;
 use super::{System, World};
 use crate::backend::{Node, Sim};
 use crate::kernel::{Handle, Kernel, Recorder};
-use crate::model::{Call, Context, Model, Reply, S_IFMT, S_IFREG, Tolerance, wall_time};
+use crate::model::{Call, Context, FLAT, Model, Reply, S_IFMT, S_IFREG, Tolerance, wall_time};
 use crate::oracle::{Oracle, Violation};
 use crate::plan::{LifePlan, PlanOp, Profile};
 use bytes::Bytes;
@@ -150,6 +150,11 @@ impl Desk {
     fn tag(&self) -> u64 {
         self.tags.set(self.tags.get() + 1);
         self.tags.get()
+    }
+
+    fn tag_of_append(&self) -> u64 {
+        let flat = if self.seat == 0 { 0 } else { FLAT };
+        self.tag() | flat
     }
 
     fn context(&self, start: u64, wall: i64) -> Context {
@@ -549,7 +554,7 @@ impl<P: Posix> Scene<P> {
                     ino: file,
                     offset: 0,
                     len: len.min(20_000),
-                    tag: self.desk.tag(),
+                    tag: self.desk.tag_of_append(),
                     append: true,
                     sync: false,
                 };

@@ -196,6 +196,7 @@ impl Cluster {
         let rid = self.clients[who].mount.rid;
         self.clients[who].leaving = true;
         while self.world.block_on(self.store.reclaim_pass(rid))? == Progress::More {}
+        self.world.block_on(self.store.delete_mounted(&[rid]))?;
         let mut client = self.clients.swap_remove(who);
         // What was not acknowledged may have come through; the census tells.
         let seen = self.census().expect("reclaim leaves a good volume");

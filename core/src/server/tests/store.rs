@@ -99,6 +99,7 @@ fn a_reclaimed_mount_is_gone_but_for_its_items() {
         let lost = mount.build(&world, 20).await;
         for _ in 0..2 {
             while store.reclaim_pass(5).await.unwrap() == Progress::More {}
+            store.delete_mounted(&[5]).await.unwrap();
         }
         assert!(!store.is_mounted(5).await.unwrap());
         assert_eq!(errno(store.commit_log_trees(5, lost.log).await), Errno::EIO);
@@ -222,6 +223,7 @@ fn a_failed_block_write_is_answered_and_written_again() {
             store.insert_mounted(5, addr(1), true).await.unwrap();
             world.meta.set_fault(None);
             while store.reclaim_pass(5).await.unwrap() == Progress::More {}
+            store.delete_mounted(&[5]).await.unwrap();
         }
     });
     census(&world.meta).map(|_| ()).unwrap();

@@ -34,7 +34,7 @@ use crate::plan::cluster::{Agents, Broken, ClusterPlan, Round};
 use crate::plan::{Loss, Plan};
 use crate::rng::Stream;
 use crate::world::audit::{Auditor, observe};
-use outrider_core::env::{Either, Gate, Signal, race};
+use outrider_core::env::{Either, Gate, LocalBoxFuture, Signal, race};
 use seat::{Busy, Seat};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -229,16 +229,39 @@ impl<S: System> Cluster<S> {
     async fn play(self: &Rc<Self>, round: Rc<Round>) -> Result<(), Violation> {
         self.round.set(self.round.get() + 1);
         self.stir(&round);
-        let everybody = (0..self.machines.len()).collect();
-        self.work(everybody, &round).await?;
-        self.settle(&round, &round.sync, &round.audit).await
+        let everybody: Vec<usize> = (0..self.machines.len()).collect();
+        self.work(everybody.clone(), &round).await?;
+        self.settle(everybody, &round, &round.sync, &round.audit)
+            .await
     }
 
     /// Lets these nodes do their part of a round; ends when all have.
     async fn work(self: &Rc<Self>, nodes: Vec<usize>, round: &Rc<Round>) -> Result<(), Violation> {
+        self.work_beside(nodes, round, Box::pin(std::future::ready(Ok(()))))
+            .await
+    }
+
+    /// As [`Cluster::work`], while something else goes on: until that has ended, too,
+    /// whoever dies is mounted again. Without, the last one alive might wait for ever
+    /// for a majority.
+    async fn work_beside(
+        self: &Rc<Self>,
+        nodes: Vec<usize>,
+        round: &Rc<Round>,
+        beside: LocalBoxFuture<'static, Result<(), Violation>>,
+    ) -> Result<(), Violation> {
         let driving = Life::new();
-        let busy = Busy::new(nodes.len());
+        let busy = Busy::new(nodes.len() + 1);
         let mut ends = Vec::new();
+        let (tell, told) = tokio::sync::oneshot::channel();
+        let over = Rc::clone(&busy);
+        let aside = async move {
+            let result = beside.await;
+            over.done();
+            let _ = tell.send(result);
+        };
+        spawn(&self.sim, &driving, Box::pin(aside));
+        ends.push(told);
         for number in nodes {
             let (tell, told) = tokio::sync::oneshot::channel();
             let (world, round, busy) = (Rc::clone(self), Rc::clone(round), Rc::clone(&busy));
@@ -266,18 +289,32 @@ impl<S: System> Cluster<S> {
             .collect()
     }
 
-    /// A moment of quiet: syncs, reads, and judges what was answered.
+    /// A moment of quiet among `nodes`.
     async fn settle(
+        self: &Rc<Self>,
+        nodes: Vec<usize>,
+        round: &Rc<Round>,
+        sync: &[u8],
+        audit: &[u8],
+    ) -> Result<(), Violation> {
+        let (world, round) = (Rc::clone(self), Rc::clone(round));
+        let (sync, audit) = (sync.to_vec(), audit.to_vec());
+        let look = async move { world.look(&round, &sync, &audit).await };
+        let idle = Rc::new(Round::default());
+        self.work_beside(nodes, &idle, Box::pin(look)).await
+    }
+
+    /// Syncs, reads, and judges what was answered.
+    async fn look(
         self: &Rc<Self>,
         round: &Round,
         sync: &[u8],
         audit: &[u8],
     ) -> Result<(), Violation> {
-        self.check_locks();
         for seat in self.seated() {
             let number = seat.number() as u8;
             let (sync, audit) = (sync.contains(&number), audit.contains(&number));
-            if !sync && !audit {
+            if !sync && !audit || !seat.is_well() {
                 continue;
             }
             let (scene, fate) = (seat.scene(), Rc::clone(&seat.fate));
@@ -310,6 +347,9 @@ impl<S: System> Cluster<S> {
             let before = self.deaths.borrow().len();
             // What those who live have done is not to be in question as well.
             for seat in self.seated() {
+                if !seat.is_well() {
+                    continue; // It died meanwhile.
+                }
                 let scene = seat.scene();
                 seat.stage("a sync", async move { scene.sync().await })
                     .await?;
@@ -334,8 +374,7 @@ impl<S: System> Cluster<S> {
         let seats = self.seated();
         let own = seats.iter().find(|seat| seat.number() == number);
         let Some(seat) = own.or_else(|| seats.first()) else {
-            let quiet = Rc::new(Round::default());
-            self.work(vec![number], &quiet).await?;
+            self.sim.sleep(SECOND).await;
             return Ok(None);
         };
         let (scene, auditor) = (seat.scene(), Auditor::patient(&self.sim, &seat.fate));
@@ -359,6 +398,9 @@ impl<S: System> Cluster<S> {
             fate.kill(Some(Survival::All));
         }
         self.disks.crash(Some(survival));
+        self.super_after_blackout();
+        // Who checks is not to meet what was wrong with the storage before.
+        self.disks.heal();
         self.checking.set(true);
         let world = Rc::clone(self);
         let check = async move {
@@ -432,7 +474,7 @@ impl<S: System> Cluster<S> {
         for number in &others {
             self.abandon(*number);
         }
-        let result = self.settle(&round, &sync, &audit).await;
+        let result = self.settle(nodes, &round, &sync, &audit).await;
         for number in &others {
             self.break_down(*number, broken, false);
         }
@@ -492,7 +534,7 @@ impl<S: System> Cluster<S> {
         let audit: Vec<u8> = all.iter().map(|number| *number as u8).collect();
         loop {
             self.work(all.clone(), &idle).await?;
-            self.settle(&idle, &[], &audit).await?;
+            self.settle(all.clone(), &idle, &[], &audit).await?;
             if self.seated().len() == self.machines.len() && self.deaths.borrow().is_empty() {
                 break;
             }

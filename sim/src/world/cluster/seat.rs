@@ -34,6 +34,8 @@ enum Went {
     Well,
     /// It is dead, or was declared so, or is to be severed.
     Wrong,
+    /// The process gave up before it was mounted.
+    Refused,
 }
 
 impl<S: System> Seat<S> {
@@ -108,7 +110,8 @@ impl Busy {
         })
     }
 
-    fn done(&self) {
+    /// One of them has done its part.
+    pub fn done(&self) {
         self.count.set(self.count.get() - 1);
         if self.count.get() == 0 {
             self.over.open();
@@ -150,6 +153,10 @@ pub(super) async fn drive<S: System>(
         let went = match mount(world, &seat).await? {
             Went::Well => work(world, &seat, std::mem::take(&mut tasks)).await?,
             Went::Wrong => Went::Wrong,
+            Went::Refused => {
+                world.sim.sleep(SECOND).await;
+                continue;
+            }
         };
         let leaves = ending.is_some_and(|ending| ending.how == How::Leave);
         if went == Went::Well && !leaves {
@@ -269,39 +276,42 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
         config.kernel_locks,
     );
     caches.walk();
-    loop {
-        let (plan, volume) = (Rc::clone(&world.plan), Rc::clone(&world.volume));
-        let (host, cache) = (fate.host.clone(), Rc::new(Notify(Rc::clone(&caches))));
-        let attempt = async move { S::mount(&host, &plan, &volume, cache).await };
-        match seat.stage("the mount", attempt).await? {
-            None => return Ok(Went::Wrong),
-            Some(Err(MountError(text))) => {
-                world.note(fate.host.node.id, "refused", &[], || text.clone());
-                if world.sim.now() > world.calm.get() + PATIENCE {
-                    return Err(violation("mount", text));
-                }
-                world.sim.sleep(SECOND).await;
+    let (plan, volume) = (Rc::clone(&world.plan), Rc::clone(&world.volume));
+    let (host, cache) = (fate.host.clone(), Rc::new(Notify(Rc::clone(&caches))));
+    let attempt = async move { S::mount(&host, &plan, &volume, cache).await };
+    match seat.stage("the mount", attempt).await? {
+        None => Ok(Went::Wrong),
+        Some(Err(MountError(text))) => {
+            world.note(fate.host.node.id, "refused", &[], || text.clone());
+            if world.sim.now() > world.calm.get() + PATIENCE {
+                return Err(violation("mount", text));
             }
-            Some(Ok(mount)) => {
-                let machine = &world.machines[seat.number()];
-                let office = Office {
-                    node: Rc::clone(&machine.node),
-                    oracle: Rc::clone(&world.oracle),
-                    steps: Rc::clone(&machine.steps),
-                    tags: Rc::clone(&world.tags),
-                    calls: Rc::clone(&world.calls),
-                    tolerance: tolerance(world),
-                };
-                let scene = Rc::new(Scene {
-                    kernel: Kernel::new(mount.fs(), caches),
-                    desk: Desk::of_seat(office, fate),
-                    table: RefCell::default(),
-                });
-                scene.table.borrow_mut().know(world.oracle.borrow().state());
-                *seat.mounted.borrow_mut() = Some(Mounted { mount, scene });
-                world.note(fate.host.node.id, "mounted", &[life], String::new);
-                return Ok(Went::Well);
-            }
+            // A command that failed: its process ends, and nobody has used it. The
+            // cluster may know it all the same, and fence it.
+            fate.disarm();
+            fate.on_death.take();
+            fate.kill(None);
+            Ok(Went::Refused)
+        }
+        Some(Ok(mount)) => {
+            let machine = &world.machines[seat.number()];
+            let office = Office {
+                node: Rc::clone(&machine.node),
+                oracle: Rc::clone(&world.oracle),
+                steps: Rc::clone(&machine.steps),
+                tags: Rc::clone(&world.tags),
+                calls: Rc::clone(&world.calls),
+                tolerance: tolerance(world),
+            };
+            let scene = Rc::new(Scene {
+                kernel: Kernel::new(mount.fs(), caches),
+                desk: Desk::of_seat(office, fate),
+                table: RefCell::default(),
+            });
+            scene.table.borrow_mut().know(world.oracle.borrow().state());
+            *seat.mounted.borrow_mut() = Some(Mounted { mount, scene });
+            world.note(fate.host.node.id, "mounted", &[life], String::new);
+            Ok(Went::Well)
         }
     }
 }
