@@ -177,6 +177,8 @@ impl Server {
             return;
         }
         let late = self.recovery.borrow_mut().expire();
+        // Who does not come is no longer waited for.
+        self.farewells.kick();
         for rid in late {
             match self.store.mounted_addr(rid).await {
                 Ok(Some(addr)) => {

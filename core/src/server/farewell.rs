@@ -87,12 +87,14 @@ pub fn may_leave(
 
 /// Takes members out of `go` if those who would stay, as far as they are `here`, could
 /// elect nobody. A member that is not here may be dead: it helps nobody until it is back,
-/// and until it is fenced and reclaimed it counts in [`may_leave`] as if it were.
+/// and until it is fenced and reclaimed it counts in [`may_leave`] as if it were. While
+/// clients of the server before `may_come`, it may also be alive, and be left behind.
 pub fn keep_majority(
     go: &mut Vec<u64>,
     mounted: &[(u64, MountedClient)],
     votes_needed: usize,
     here: impl Fn(u64) -> bool,
+    may_come: bool,
 ) {
     let is_member = |client: &MountedClient| client.flags & MOUNTED_CLIENT_FLAG_QUORUM != 0;
     loop {
@@ -101,7 +103,9 @@ pub fn keep_majority(
             stay.filter(|(rid, _)| here(*rid))
         };
         let members = stay().filter(|(_, client)| is_member(client)).count();
-        if members >= votes_needed || stay().next().is_none() {
+        let all_leave = mounted.iter().all(|(rid, _)| go.contains(rid));
+        let nobody_stays = all_leave || (stay().next().is_none() && !may_come);
+        if members >= votes_needed || nobody_stays {
             return;
         }
         let of_member = |rid: &u64| {
@@ -161,7 +165,8 @@ impl Server {
         let votes = Slots::of(&self.store.stable().qconf).votes_needed();
         let mut go = may_leave(&leaving, &mounted, votes);
         let here = |rid: u64| leaving.contains(&rid) || self.is_here(rid);
-        keep_majority(&mut go, &mounted, votes, here);
+        let may_come = self.recovery.borrow().may_come();
+        keep_majority(&mut go, &mounted, votes, here, may_come);
         self.reclaim_all(&go).await?;
         if go.len() > 1 {
             probe("server.farewell.together");
@@ -227,7 +232,7 @@ mod tests {
         let all = mounts(&[1, 2, 3], &[]);
         let go = |leaving: &[u64], absent: u64, votes| {
             let mut go = may_leave(leaving, &all, votes);
-            keep_majority(&mut go, &all, votes, |rid| rid != absent);
+            keep_majority(&mut go, &all, votes, |rid| rid != absent, false);
             go
         };
         assert_eq!(go(&[1], 9, 2), [1]);
@@ -235,8 +240,25 @@ mod tests {
         assert_eq!(go(&[1, 2], 3, 2), Vec::<u64>::new(), "nor whoever is last");
         let pair = mounts(&[1, 2], &[]);
         let mut go = may_leave(&[1], &pair, 1);
-        keep_majority(&mut go, &pair, 1, |rid| rid != 2);
+        keep_majority(&mut go, &pair, 1, |rid| rid != 2, false);
         assert_eq!(go, [1], "nobody is left behind");
+    }
+
+    #[test]
+    fn who_may_still_come_to_a_new_server_is_not_left_behind() {
+        // 3 is alive and on its way; 4 and 5 are dead, and not fenced yet.
+        let all = mounts(&[1, 2, 3, 4, 5], &[]);
+        let go = |may_come| {
+            let mut go = may_leave(&[1, 2], &all, 3);
+            keep_majority(&mut go, &all, 3, |rid| rid < 3, may_come);
+            go
+        };
+        assert_eq!(go(true), Vec::<u64>::new());
+        assert_eq!(go(false), [1, 2], "their time is up");
+        let rest = mounts(&[1, 2, 3], &[]);
+        let mut go = may_leave(&[1, 2, 3], &rest, 3);
+        keep_majority(&mut go, &rest, 3, |_| true, true);
+        assert_eq!(go, [1, 2, 3], "nobody stays");
     }
 
     #[test]

@@ -475,6 +475,7 @@ impl Server {
                     let mut actions = Vec::new();
                     self.omap.borrow_mut().recovered(&mut actions);
                     self.send_omap(actions);
+                    self.farewells.kick();
                 }
                 Outcome::LocksFinished(_) => self.farewells.kick(),
                 Outcome::AllRecovered => self.all_recovered.open(),

@@ -129,6 +129,12 @@ impl Recovery {
         self.awaited.keys().any(|rid| self.is_pending(*rid, kind))
     }
 
+    /// Whether clients of the server before may still come: some have not greeted, and
+    /// their time is not up.
+    pub fn may_come(&self) -> bool {
+        !self.expired && self.any_pending(Kind::Greeting)
+    }
+
     /// Whether nothing is awaited.
     pub fn is_finished(&self) -> bool {
         self.awaited.is_empty()
