@@ -53,6 +53,7 @@ pub struct Reference {
 impl System for Reference {
     type Volume = Volume;
     type Fs = Reference;
+    const TELLS_OTHER_KERNELS: bool = false;
 
     async fn make(_host: &Host, plan: &crate::plan::Plan) -> Result<Rc<Volume>, String> {
         let flaw = FLAWS

@@ -55,6 +55,9 @@ pub trait System: Sized + 'static {
     async fn unmount(self: Rc<Self>) -> Result<(), String>;
     /// Gives up what is not durable.
     async fn force_unmount(self: Rc<Self>);
+    /// Whether it tells the kernels of other mounts what they must forget. Without that
+    /// a kernel that keeps anything is not right in a world of several nodes.
+    const TELLS_OTHER_KERNELS: bool = true;
     /// Completes when the cluster has declared this mount dead.
     async fn evicted(&self) {
         std::future::pending().await

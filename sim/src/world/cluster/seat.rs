@@ -272,7 +272,7 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
         &world.sim,
         fate.host.node.id,
         life,
-        config.kernel_caches,
+        config.kernel_caches && S::TELLS_OTHER_KERNELS,
         config.kernel_locks,
     );
     caches.walk();
