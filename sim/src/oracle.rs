@@ -113,6 +113,8 @@ pub struct Oracle {
     /// Something of those who live was not durable when a death was judged: it
     /// is not known any more what their own deaths may take along.
     shaky: bool,
+    /// The storage has lost power since deaths were judged.
+    power_lost: bool,
 }
 
 /// How many steps the searches of one judgement may take.
@@ -136,6 +138,7 @@ impl Oracle {
             budget: BUDGET,
             opens: BTreeMap::new(),
             shaky: false,
+            power_lost: false,
         }
     }
 

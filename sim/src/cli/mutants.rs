@@ -155,6 +155,9 @@ struct Hunted {
     seed: Option<u64>,
     /// Seeds until then, or all that were run.
     seeds: u64,
+    /// It was no stressed world that found it.
+    #[serde(default)]
+    plain: bool,
     /// The exploration that found it.
     #[serde(default)]
     explored: Option<String>,
@@ -210,6 +213,7 @@ fn explore(scenario: &'static Scenario, name: &'static str) -> Result<Hunted, St
     let found = report.violation.is_some() && run(None)?.violation.is_none();
     Ok(Hunted {
         seed: None,
+        plain: false,
         seeds: 0,
         explored: found.then(|| scenario.name.to_owned()),
         states: report.states,
@@ -222,6 +226,22 @@ fn hunt_one(args: &Args, mutant: &Mutant, start: u64) -> Result<Hunted, String> 
     if let Some(scenario) = exploration(mutant.name, args.profile) {
         return explore(scenario, mutant.name);
     }
+    let stressed = hunt_seeds(args, mutant, start, true);
+    if stressed.seed.is_some() || mutant.nodes == Many {
+        return Ok(stressed);
+    }
+    // Some bugs need the longer and plainer worlds.
+    let plain = hunt_seeds(args, mutant, start, false);
+    Ok(Hunted {
+        seeds: stressed.seeds + plain.seeds,
+        seconds: stressed.seconds + plain.seconds,
+        plain: plain.seed.is_some(),
+        ..plain
+    })
+}
+
+/// Hunts in stressed worlds or in plain ones.
+fn hunt_seeds(args: &Args, mutant: &Mutant, start: u64, stress: bool) -> Hunted {
     let from = start * START_STRIDE;
     let found = hunt(
         &Hunt {
@@ -230,7 +250,7 @@ fn hunt_one(args: &Args, mutant: &Mutant, start: u64) -> Result<Hunted, String> 
             jobs: args.jobs.unwrap_or_else(all_processors).max(1),
             budget: Some(args.time_budget),
             profile: args.profile.or(mutant.profile()),
-            stress: true,
+            stress,
             reference: false,
             mutant: Some(mutant.name),
             stop_at_first: true,
@@ -240,14 +260,15 @@ fn hunt_one(args: &Args, mutant: &Mutant, start: u64) -> Result<Hunted, String> 
     );
     let first = found.outcomes.values().find(|o| o.failure.is_some());
     let failure = first.and_then(|outcome| outcome.failure.as_ref());
-    Ok(Hunted {
+    Hunted {
         seed: first.map(|outcome| outcome.seed),
         seeds: first.map_or(found.outcomes.len() as u64, |o| o.seed - from + 1),
+        plain: false,
         explored: None,
         states: 0,
         seconds: found.seconds,
         kind: failure.map_or(String::new(), |failure| failure.kind.to_owned()),
-    })
+    }
 }
 
 /// Runs the command.
@@ -382,8 +403,8 @@ fn page(results: &Results, args: &Args) -> String {
     let mut text = format!(
         "# Planted bugs\n\n\
          Written by `outrider-sim mutants --all --write`. Each bug is compiled into the simulator\n\
-         only, and switched on for a sweep of up to {} seeds (at most {} s) from each of several\n\
-         first seeds. A seed counts if it fails with the bug and passes without it. Figures are\n\
+         only, and switched on for a sweep of up to {} stressed seeds (at most {} s), then of as\n\
+         many plain ones, from each of several first seeds. A seed counts if it fails with the bug and passes without it. Figures are\n\
          medians over the starts; classes are those of spec 18 section 4. Bugs of the protocol\n\
          brains are found by an exploration, which has states instead of seeds. The last column is\n\
          what shows the bug to `outrider-sim`, with `--log` for a replay line by line.\n\n\
@@ -434,10 +455,11 @@ fn shown_by(mutant: &Mutant, hunted: &Hunted) -> String {
     match (hunted.seed, &hunted.explored) {
         (Some(seed), _) => {
             let worlds = match mutant.profile() {
-                Some(Profile::Cluster) => "--profile cluster",
-                _ => "--stress",
+                Some(Profile::Cluster) => " --profile cluster",
+                _ if hunted.plain => "",
+                _ => " --stress",
             };
-            format!("`replay {seed} {worlds} --mutant {name}`")
+            format!("`replay {seed}{worlds} --mutant {name}`")
         }
         (None, Some(scenario)) => format!("`explore {scenario} --mutant {name}`"),
         (None, None) => String::new(),

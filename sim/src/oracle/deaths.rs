@@ -16,7 +16,7 @@ use super::cut::{is_making, is_nameless, part};
 use super::explain::explain;
 use super::search::mark_of;
 use super::{Oracle, Record, Violation, mark_weak};
-use crate::model::recover::Later;
+use crate::model::recover::{Later, Unsettled};
 use crate::model::{Call, Model, Reply};
 use outrider_core::env::HashSet;
 use outrider_core::fs::api::Ino;
@@ -79,6 +79,8 @@ struct Search<'a, 'b> {
     /// The state after the deaths, as somebody saw it; `None`: any end will do.
     observed: Option<&'a Model>,
     lost: Vec<&'a Call>,
+    /// What the storage's loss of power may have taken back.
+    unsettled: Option<&'a Unsettled>,
     /// Files whose truncation may have been cut short.
     cut_short: Vec<Ino>,
     /// Inodes that nobody's answer has named.
@@ -120,6 +122,7 @@ impl<'a, 'b> Search<'a, 'b> {
             items,
             observed,
             lost: Vec::new(),
+            unsettled: None,
             cut_short: Vec::new(),
             strangers: strangers.into_iter().collect(),
             marks: 0,
@@ -246,7 +249,9 @@ impl<'a, 'b> Search<'a, 'b> {
     fn later(&self) -> Later<'a> {
         let left_out = self.open().map(|index| &self.items[index].record.call);
         let calls: Vec<&'a Call> = left_out.chain(self.lost.iter().copied()).collect();
-        Later::new(calls).with_cut_short(self.cut_short.iter().copied())
+        Later::new(calls)
+            .with_unsettled(self.unsettled)
+            .with_cut_short(self.cut_short.iter().copied())
     }
 
     fn compare(&mut self, state: &Model) -> Option<Model> {
@@ -314,6 +319,12 @@ impl Oracle {
         }
     }
 
+    /// The storage has lost power: what was seen and never flushed may be gone when
+    /// the deaths of this moment are judged.
+    pub fn storage_lost_power(&mut self) {
+        self.power_lost = true;
+    }
+
     /// A mount has left cleanly: all of it is durable.
     pub fn left(&mut self, seat: u32) {
         self.promise_before(u64::MAX, seat);
@@ -338,15 +349,37 @@ impl Oracle {
         let fragile = |record: &Record| record.has_effect() && !record.durable;
         let shaky = current.iter().any(|r| lives(r) && fragile(r))
             || self.chain.records_mut().any(|r| lives(r) && fragile(r));
+        let written: Vec<Call> = current
+            .iter()
+            .chain(self.chain.records_mut().map(|record| &*record))
+            .filter(|r| !lives(r) && r.call.changes_data_of().is_some())
+            .map(|r| r.call.clone())
+            .collect();
+        let earlier = std::mem::take(&mut self.unsettled);
+        let gone = std::mem::take(&mut self.power_lost).then_some(&earlier);
         let mut left = self.budget;
         let verdict = if self.lost {
             None
         } else {
-            judge(&mut self.chain, &dead, &current, observed, &mut left)
+            judge(
+                &mut self.chain,
+                &dead,
+                (&current, gone),
+                observed,
+                &mut left,
+            )
         };
         self.steps += self.budget - left;
         let state = match verdict {
-            Some(Ok(state)) => *state,
+            Some(Ok(state)) => {
+                // What a dead mount has written in place is seen, and nobody need flush it.
+                let calls: Vec<&Call> = written.iter().collect();
+                self.unsettled = Unsettled::new(&state, observed, &calls);
+                if gone.is_none() {
+                    self.unsettled.add(earlier);
+                }
+                *state
+            }
             Some(Err(violation)) if !self.shaky => return Err(violation),
             Some(Err(_)) | None => {
                 self.unjudged += 1;
@@ -384,7 +417,7 @@ impl Oracle {
 fn judge(
     chain: &mut Chain,
     dead: &BTreeMap<u32, u64>,
-    current: &[Record],
+    (current, unsettled): (&[Record], Option<&Unsettled>),
     observed: &Model,
     left: &mut u64,
 ) -> Option<Result<Box<Model>, Violation>> {
@@ -437,6 +470,7 @@ fn judge(
             records: &records,
             base: chain.state(first, number),
             observed,
+            unsettled,
             budget: *left,
             spent: Cell::new(0),
         };
@@ -502,6 +536,7 @@ struct Chooser<'a> {
     records: &'a [Record],
     base: &'a Model,
     observed: &'a Model,
+    unsettled: Option<&'a Unsettled>,
     budget: u64,
     spent: Cell<u64>,
 }
@@ -536,6 +571,7 @@ impl Chooser<'_> {
         }
         let mut search = Search::new(&items, Some(self.observed), self.base);
         search.lost = lost;
+        search.unsettled = self.unsettled;
         search.cut_short = cut_short;
         search.run(self.base, budget, &self.spent)
     }

@@ -398,6 +398,7 @@ impl<S: System> Cluster<S> {
             fate.kill(Some(Survival::All));
         }
         self.disks.crash(Some(survival));
+        self.oracle.borrow_mut().storage_lost_power();
         self.super_after_blackout();
         // Who checks is not to meet what was wrong with the storage before.
         self.disks.heal();
