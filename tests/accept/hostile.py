@@ -61,7 +61,7 @@ class Cluster:
     def make(self):
         for path in (self.meta, self.data):
             with open(path, "wb") as f:
-                f.truncate(64 << 30)
+                f.truncate(12 << 30)
         args = ["mkfs", "-f"]
         for slot, host in enumerate(HOSTS):
             args += ["-Q", f"{slot},{host},{self.port}"]
