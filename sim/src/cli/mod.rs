@@ -50,6 +50,34 @@ enum Command {
     },
 }
 
+/// How a run is drawn, where it is named by a seed, and which bug it has.
+#[derive(clap::Args)]
+struct Drawn {
+    /// The profile of the seed, if not its own.
+    #[arg(long, value_parser = parse_profile)]
+    profile: Option<Profile>,
+    /// Draw tiny sizes, slow reads, faults and bursts in most of the seeds as well.
+    #[arg(long)]
+    stress: bool,
+    /// The planted bug to switch on.
+    #[arg(long)]
+    mutant: Option<String>,
+}
+
+impl Drawn {
+    /// What a command line names: the plan of a seed, or a file.
+    fn case(&self, what: &str) -> Result<Case, String> {
+        let mut case = match what.parse::<u64>() {
+            Ok(seed) => Case::of(draw(seed, self.profile, self.stress)),
+            Err(_) => Case::load(Path::new(what))?,
+        };
+        if let Some(name) = &self.mutant {
+            case.mutant = Some(name.clone());
+        }
+        Ok(case)
+    }
+}
+
 #[derive(clap::Args)]
 struct ReplayArgs {
     /// A seed, or a file with a plan.
@@ -69,15 +97,8 @@ struct ReplayArgs {
     /// With --log: only those until this many seconds.
     #[arg(long, requires = "log")]
     until: Option<f64>,
-    /// The profile of the seed, if not its own.
-    #[arg(long, value_parser = parse_profile)]
-    profile: Option<Profile>,
-    /// Draw tiny sizes, slow reads, faults and bursts in most of the seeds as well.
-    #[arg(long)]
-    stress: bool,
-    /// Switch a planted bug on.
-    #[arg(long)]
-    mutant: Option<String>,
+    #[command(flatten)]
+    drawn: Drawn,
     /// Write the plan to a file.
     #[arg(long)]
     save: Option<PathBuf>,
@@ -177,35 +198,13 @@ fn draw(seed: u64, profile: Option<Profile>, stress: bool) -> Plan {
     }
 }
 
-/// What a command line names: the plan of a seed, or a file.
-fn case(
-    what: &str,
-    profile: Option<Profile>,
-    stress: bool,
-    mutant: Option<&str>,
-) -> Result<Case, String> {
-    let mut case = match what.parse::<u64>() {
-        Ok(seed) => Case::of(draw(seed, profile, stress)),
-        Err(_) => Case::load(Path::new(what))?,
-    };
-    if let Some(name) = mutant {
-        case.mutant = Some(name.to_owned());
-    }
-    Ok(case)
-}
-
 /// The planted bug of a case.
 fn planted(case: &Case) -> Result<Option<&'static str>, String> {
     case.mutant.as_deref().map(mutants::find).transpose()
 }
 
 fn replay(args: &ReplayArgs) -> Result<bool, String> {
-    let recorded = case(
-        &args.what,
-        args.profile,
-        args.stress,
-        args.mutant.as_deref(),
-    )?;
+    let recorded = args.drawn.case(&args.what)?;
     let (plan, mutant) = (&recorded.plan, planted(&recorded)?);
     println!("{}", plan.header());
     let sink = args.sink();

@@ -1,8 +1,7 @@
 //! A run as a page, or for the Perfetto trace viewer; the first difference of two.
 
-use super::{case, parse_profile, planted};
+use super::{Drawn, planted};
 use outrider_sim::case::Case;
-use outrider_sim::plan::Profile;
 use outrider_sim::show::{Facts, page, perfetto};
 use outrider_sim::trace::Event;
 use outrider_sim::world::{self, Options, Outcome, node::Outrider};
@@ -22,15 +21,8 @@ pub struct Args {
     /// Write the run for the Perfetto trace viewer (ui.perfetto.dev), too.
     #[arg(long)]
     perfetto: Option<PathBuf>,
-    /// The profile of the seed, if not its own.
-    #[arg(long, value_parser = parse_profile)]
-    profile: Option<Profile>,
-    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
-    #[arg(long)]
-    stress: bool,
-    /// The planted bug to switch on.
-    #[arg(long)]
-    mutant: Option<String>,
+    #[command(flatten)]
+    drawn: Drawn,
 }
 
 /// Runs a case and keeps its events.
@@ -52,12 +44,7 @@ pub fn record(case: &Case) -> Result<(Outcome, Vec<Event>), String> {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<bool, String> {
-    let case = case(
-        &args.what,
-        args.profile,
-        args.stress,
-        args.mutant.as_deref(),
-    )?;
+    let case = args.drawn.case(&args.what)?;
     let (outcome, events) = record(&case)?;
     let failure = outcome.failure.as_ref();
     let facts = Facts {
@@ -94,15 +81,8 @@ pub struct DiffArgs {
     one: String,
     /// Another one.
     other: String,
-    /// The profile of seeds, if not their own.
-    #[arg(long, value_parser = parse_profile)]
-    profile: Option<Profile>,
-    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
-    #[arg(long)]
-    stress: bool,
-    /// The planted bug to switch on in the first.
-    #[arg(long)]
-    mutant: Option<String>,
+    #[command(flatten)]
+    drawn: Drawn,
     /// Switch the planted bug of the other one off: what does the bug change first?
     #[arg(long)]
     without_mutant: bool,
@@ -113,8 +93,7 @@ pub struct DiffArgs {
 
 /// Runs the command `diff`.
 pub fn diff(args: &DiffArgs) -> Result<bool, String> {
-    let of = |what: &str| case(what, args.profile, args.stress, args.mutant.as_deref());
-    let (one, mut other) = (of(&args.one)?, of(&args.other)?);
+    let (one, mut other) = (args.drawn.case(&args.one)?, args.drawn.case(&args.other)?);
     if args.without_mutant {
         other.mutant = None;
     }

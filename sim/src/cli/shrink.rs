@@ -4,10 +4,10 @@
 //! once, so the file always has the smallest so far, and goes on from there.
 
 use super::sweep::all_processors;
-use super::{case, parse_profile, planted, run_plan};
+use super::{Drawn, planted, run_plan};
 use indicatif::{ProgressBar, ProgressStyle};
 use outrider_sim::case::{Case, signature};
-use outrider_sim::plan::{Plan, Profile};
+use outrider_sim::plan::Plan;
 use outrider_sim::shrink::{Progress, faults, shrink};
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -26,15 +26,8 @@ pub struct Args {
     /// Where the small one goes; without it, FILE.small.json or SEED.small.json.
     #[arg(short, long)]
     output: Option<PathBuf>,
-    /// The profile of the seed, if not its own.
-    #[arg(long, value_parser = parse_profile)]
-    profile: Option<Profile>,
-    /// Draw tiny sizes, slow reads and bursts in half of the seeds as well.
-    #[arg(long)]
-    stress: bool,
-    /// The planted bug to switch on.
-    #[arg(long)]
-    mutant: Option<String>,
+    #[command(flatten)]
+    drawn: Drawn,
     /// Worlds at a time; the number of processors unless given.
     #[arg(long)]
     jobs: Option<usize>,
@@ -109,12 +102,7 @@ impl Search {
 #[allow(clippy::disallowed_types, clippy::disallowed_methods)] // how long it takes, outside any world
 pub fn run(args: &Args) -> Result<bool, String> {
     let begun = std::time::Instant::now();
-    let given = case(
-        &args.what,
-        args.profile,
-        args.stress,
-        args.mutant.as_deref(),
-    )?;
+    let given = args.drawn.case(&args.what)?;
     let mutant = planted(&given)?;
     let output = args.output.clone().unwrap_or_else(|| {
         let stem = args.what.strip_suffix(".json").unwrap_or(&args.what);
