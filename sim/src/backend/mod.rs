@@ -32,6 +32,9 @@ use std::task::{Context, Poll, Waker};
 /// Nanoseconds of the executor's time in one of ours.
 const SCALE: u64 = 1000;
 
+/// Something to do when a moment has come.
+type Look = Box<dyn FnOnce(&Sim)>;
+
 enum Action {
     Wake(Waker),
     Call(Box<dyn FnOnce()>),
@@ -66,6 +69,9 @@ pub struct Sim {
     next_task: Cell<u64>,
     /// Nanoseconds by which slow reads were delayed, all of them together.
     delayed: Cell<u64>,
+    /// What is to be done between two steps, by when, and when the first is.
+    looks: RefCell<BTreeMap<u64, Vec<Look>>>,
+    next_look: Cell<u64>,
 }
 
 impl Sim {
@@ -102,6 +108,8 @@ impl Sim {
             reached: RefCell::default(),
             next_task: Cell::new(0),
             delayed: Cell::new(0),
+            looks: RefCell::default(),
+            next_look: Cell::new(u64::MAX),
         });
         let driver = madsim::task::spawn_local(run_timers(Rc::downgrade(&sim)));
         *sim.driver.borrow_mut() = Some(driver);
@@ -173,6 +181,8 @@ impl Sim {
             madsim::task::yield_now().await;
         }
         self.watched.take();
+        let looks = self.looks.take();
+        drop(looks);
         let driver = self.driver.take();
         if let Some(driver) = driver {
             driver.abort();
@@ -215,7 +225,33 @@ impl Sim {
         self.sleep_until(self.now() + nanos)
     }
 
+    /// Calls `f` once, before the first step of a task and before the first timer at or
+    /// after `at`. Unlike a timer this is no event of the world: that somebody waits for
+    /// the moment changes nothing before it.
+    pub fn look_at(&self, at: u64, f: impl FnOnce(&Sim) + 'static) {
+        let mut looks = self.looks.borrow_mut();
+        looks.entry(at).or_default().push(Box::new(f));
+        let first = looks.keys().next().copied();
+        self.next_look.set(first.unwrap_or(u64::MAX));
+    }
+
+    fn look_if_due(&self) {
+        while self.next_look.get() != u64::MAX && self.now() >= self.next_look.get() {
+            let due = {
+                let mut looks = self.looks.borrow_mut();
+                let due = looks.pop_first();
+                let first = looks.keys().next().copied();
+                self.next_look.set(first.unwrap_or(u64::MAX));
+                due
+            };
+            for look in due.into_iter().flat_map(|(_, looks)| looks) {
+                look(self);
+            }
+        }
+    }
+
     fn fire_due(&self) {
+        self.look_if_due();
         loop {
             let due = {
                 let mut timers = self.timers.borrow_mut();
@@ -232,6 +268,7 @@ impl Sim {
     }
 
     fn count_poll(&self) {
+        self.look_if_due();
         let polls = self.polls.get() + 1;
         self.polls.set(polls);
         assert!(
@@ -246,6 +283,17 @@ impl Sim {
         }
         self.time
             .advance(Duration::from_nanos(self.poll_cost.get() * SCALE));
+    }
+}
+
+/// Turns all randomness of the world that runs on this thread to other numbers: its own
+/// streams, and what the executor draws, whose stream goes on elsewhere.
+pub fn turn_randomness(to: u64) {
+    use madsim::rand::RngCore as _;
+    crate::rng::turn(to);
+    let mut executor = madsim::rand::thread_rng();
+    for _ in 0..=crate::trace::digest(&to.to_le_bytes()) % 65_536 {
+        executor.next_u64();
     }
 }
 

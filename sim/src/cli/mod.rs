@@ -1,5 +1,6 @@
 //! The command line. Exit codes: 0 clean, 1 failures found, 2 could not run.
 
+mod explain;
 mod explore;
 mod mutants;
 mod report;
@@ -36,6 +37,8 @@ enum Command {
     Show(show::Args),
     /// Find the first event in which two runs differ.
     Diff(show::DiffArgs),
+    /// Find the moment at which a failure became inevitable.
+    Explain(explain::Args),
     /// Make a failing world small.
     Shrink(shrink::Args),
     /// List the planted bugs, or hunt for them.
@@ -65,6 +68,21 @@ struct Drawn {
 }
 
 impl Drawn {
+    /// The flags that say the same, each after a space.
+    fn as_flags(&self) -> String {
+        let mut flags = String::new();
+        if let Some(profile) = self.profile {
+            flags += &format!(" --profile {}", format!("{profile:?}").to_lowercase());
+        }
+        if self.stress {
+            flags += " --stress";
+        }
+        if let Some(mutant) = &self.mutant {
+            flags += &format!(" --mutant {mutant}");
+        }
+        flags
+    }
+
     /// What a command line names: the plan of a seed, or a file.
     fn case(&self, what: &str) -> Result<Case, String> {
         let mut case = match what.parse::<u64>() {
@@ -134,6 +152,7 @@ pub fn main() -> ExitCode {
         Command::Replay(args) => replay(&args),
         Command::Diff(args) => show::diff(&args),
         Command::Show(args) => show::run(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::Shrink(args) => shrink::run(&args),
         Command::Mutants(args) => mutants::run(&args),
         Command::Explore(args) => explore::run(&args),
@@ -178,7 +197,14 @@ impl ReplayArgs {
 
 /// Runs a plan on Outrider, or on the reference.
 fn run_plan(plan: &Plan, reference: bool, mutant: Option<&'static str>) -> Outcome {
-    run_with(plan, reference, Options { mutant, sink: None })
+    run_with(
+        plan,
+        reference,
+        Options {
+            mutant,
+            ..Options::default()
+        },
+    )
 }
 
 fn run_with(plan: &Plan, reference: bool, options: Options) -> Outcome {
@@ -208,7 +234,15 @@ fn replay(args: &ReplayArgs) -> Result<bool, String> {
     let (plan, mutant) = (&recorded.plan, planted(&recorded)?);
     println!("{}", plan.header());
     let sink = args.sink();
-    let outcome = run_with(plan, args.reference, Options { mutant, sink });
+    let outcome = run_with(
+        plan,
+        args.reference,
+        Options {
+            mutant,
+            sink,
+            ..Options::default()
+        },
+    );
     if let Some(file) = &args.save {
         let failed = Case::failed(plan.clone(), mutant, &outcome);
         failed

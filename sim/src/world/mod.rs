@@ -16,7 +16,7 @@ mod workload;
 
 use crate::backend::disk::{Disks, Timing};
 use crate::backend::net::{Links, SimNet};
-use crate::backend::{Host, Life, Node, Sim};
+use crate::backend::{Host, Life, Node, Sim, turn_randomness};
 use crate::model::{Model, S_IFDIR};
 use crate::oracle::{Oracle, Violation};
 use crate::plan::Plan;
@@ -27,6 +27,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::{Arc, OnceLock};
 
 /// Why a mount did not come up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +99,28 @@ pub struct Outcome {
     /// What somebody outside of the filesystem did wrong, which ended the world:
     /// a fence agent that lied.
     pub blamed: Option<String>,
+    /// Where it left the way of its seed, if it was to.
+    pub forked: Option<Forked>,
+}
+
+/// Another way from a moment on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fork {
+    /// Nanoseconds of the world: until then it does what its seed says.
+    pub at: u64,
+    /// From then on its randomness follows from this; `None` lets it go on as it does.
+    pub to: Option<u64>,
+}
+
+/// What was behind a world when it came to its [`Fork`]: equal for all ways of a seed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forked {
+    /// Events.
+    pub events: u64,
+    /// Their digest.
+    pub hash: u64,
+    /// Polls of tasks.
+    pub polls: u64,
 }
 
 thread_local! {
@@ -158,20 +181,26 @@ pub struct Options {
     pub mutant: Option<&'static str>,
     /// Where the events go.
     pub sink: Option<Box<dyn FnOnce() -> Sink + Send>>,
+    /// Where to leave the way of the seed.
+    pub fork: Option<Fork>,
 }
 
 /// Runs a whole world on a fresh thread.
 pub fn run<S: System>(plan: &Plan, options: Options) -> Outcome {
     let seed = plan.seed;
     let plan = plan.clone();
+    // Beside the outcome: a panic has none.
+    let forked = Arc::new(OnceLock::new());
+    let noted = Arc::clone(&forked);
     let result = on_fresh_thread(move || {
         set_mutant(options.mutant);
         let sink = options.sink.map(|make| make());
+        let fork = options.fork.map(|fork| (fork, noted));
         let runtime =
             madsim::runtime::Runtime::with_seed_and_config(seed, madsim::Config::default());
-        runtime.block_on(world::<S>(plan, sink))
+        runtime.block_on(world::<S>(plan, sink, fork))
     });
-    result.unwrap_or_else(|panic| Outcome {
+    let outcome = result.unwrap_or_else(|panic| Outcome {
         seed,
         failure: Some(Violation {
             kind: if panic.starts_with(invariants::BROKEN) {
@@ -182,7 +211,26 @@ pub fn run<S: System>(plan: &Plan, options: Options) -> Outcome {
             text: panic,
         }),
         ..Outcome::default()
-    })
+    });
+    Outcome {
+        forked: forked.get().copied(),
+        ..outcome
+    }
+}
+
+/// Lets the world leave the way of its seed when the time has come.
+fn prepare_fork(sim: &Sim, fork: Fork, noted: Arc<OnceLock<Forked>>) {
+    sim.look_at(fork.at, move |sim| {
+        let behind = Forked {
+            events: sim.trace.count(),
+            hash: sim.trace.hash(),
+            polls: sim.polls(),
+        };
+        noted.set(behind).expect("a world forks once");
+        if let Some(to) = fork.to {
+            turn_randomness(to);
+        }
+    });
 }
 
 /// What all parts of a running world share.
@@ -216,8 +264,15 @@ impl<S: System> World<S> {
     }
 }
 
-async fn world<S: System>(plan: Plan, sink: Option<Sink>) -> Outcome {
+async fn world<S: System>(
+    plan: Plan,
+    sink: Option<Sink>,
+    fork: Option<(Fork, Arc<OnceLock<Forked>>)>,
+) -> Outcome {
     let sim = Sim::new(plan.seed, Trace::new(sink));
+    if let Some((fork, noted)) = fork {
+        prepare_fork(&sim, fork, noted);
+    }
     sim.set_yield(u64::from(plan.config.yield_permille));
     sim.set_poll_cost(u64::from(plan.config.poll_cost));
     let probes: Rc<RefCell<BTreeMap<&'static str, u64>>> = Rc::default();
