@@ -24,6 +24,7 @@ fn run(plan: &Plan, mutant: Option<&'static str>, fork: Option<Fork>) -> (Outcom
         sink: Some(Box::new(move || {
             Box::new(move |event| kept.lock().expect("one thread").push(event))
         })),
+        ..Options::default()
     };
     let outcome = world::run::<Outrider>(plan, options);
     let events = std::mem::take(&mut *events.lock().expect("the world has ended"));

@@ -10,9 +10,11 @@
 //! they are polled again, as the end of a process does.
 
 pub mod disk;
+pub mod flying;
 pub mod net;
 mod said;
 
+use crate::kernel::Caches;
 use crate::model::wall_time;
 use crate::rng::Stream;
 use crate::trace::Trace;
@@ -56,6 +58,8 @@ pub struct Sim {
     yield_permille: Cell<u64>,
     /// Mounts whose invariants are looked at.
     watched: RefCell<Vec<Watched>>,
+    /// The kernels, by node.
+    kernels: RefCell<Vec<(u32, Weak<Caches>)>>,
     /// Every task that has not ended.
     tasks: RefCell<BTreeMap<u64, AbortHandle>>,
     /// The task that fires the timers.
@@ -99,6 +103,7 @@ impl Sim {
             poll_cost: Cell::new(100),
             yield_permille: Cell::new(200),
             watched: RefCell::default(),
+            kernels: RefCell::default(),
             tasks: RefCell::default(),
             driver: RefCell::default(),
             rng: Stream::new(seed, "executor", 0),
@@ -159,6 +164,30 @@ impl Sim {
         let mut watched = self.watched.borrow_mut();
         watched.retain(|old| old.life.is_alive() && old.mount.strong_count() > 0);
         watched.push(mount);
+    }
+
+    /// Calls `f` with each mount that is looked at and lives.
+    pub fn each_mount(&self, mut f: impl FnMut(&Rc<outrider_core::node::Mount>, &Rc<Life>)) {
+        let watched = self.watched.borrow();
+        for one in watched.iter().filter(|one| one.life.is_alive()) {
+            if let Some(mount) = one.mount.upgrade() {
+                f(&mount, &one.life);
+            }
+        }
+    }
+
+    /// Remembers the kernel of a new mount.
+    pub fn know_kernel(&self, node: u32, caches: &Rc<Caches>) {
+        let mut kernels = self.kernels.borrow_mut();
+        kernels.retain(|(_, caches)| caches.strong_count() > 0);
+        kernels.push((node, Rc::downgrade(caches)));
+    }
+
+    /// The kernel of a node's last mount, if it is still there.
+    pub fn kernel_of(&self, node: u32) -> Option<Rc<Caches>> {
+        let kernels = self.kernels.borrow();
+        let mut own = kernels.iter().rev().filter(|(other, _)| *other == node);
+        own.find_map(|(_, caches)| caches.upgrade())
     }
 
     /// Looks no longer at the mount of this seat: it was fenced, and its locks are
@@ -268,7 +297,6 @@ impl Sim {
     }
 
     fn count_poll(&self) {
-        self.look_if_due();
         let polls = self.polls.get() + 1;
         self.polls.set(polls);
         assert!(
@@ -283,6 +311,7 @@ impl Sim {
         }
         self.time
             .advance(Duration::from_nanos(self.poll_cost.get() * SCALE));
+        self.look_if_due();
     }
 }
 
@@ -387,6 +416,16 @@ impl Life {
         life.seat.set(seat);
         life.node.set(node);
         life
+    }
+
+    /// The node that it runs on.
+    pub fn node(&self) -> u32 {
+        self.node.get()
+    }
+
+    /// Whether it stands still.
+    pub fn is_paused(&self) -> bool {
+        self.paused.borrow().is_some()
     }
 
     /// The number of the mount it belongs to; 0 in worlds of one node.

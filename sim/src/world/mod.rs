@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod invariants;
 mod life;
 pub mod node;
+pub mod snapshot;
 mod workload;
 
 use crate::backend::disk::{Disks, Timing};
@@ -183,6 +184,8 @@ pub struct Options {
     pub sink: Option<Box<dyn FnOnce() -> Sink + Send>>,
     /// Where to leave the way of the seed.
     pub fork: Option<Fork>,
+    /// When to look at its state.
+    pub moments: Option<snapshot::Moments>,
 }
 
 /// Runs a whole world on a fresh thread.
@@ -195,10 +198,13 @@ pub fn run<S: System>(plan: &Plan, options: Options) -> Outcome {
     let result = on_fresh_thread(move || {
         set_mutant(options.mutant);
         let sink = options.sink.map(|make| make());
-        let fork = options.fork.map(|fork| (fork, noted));
+        let looks = Looks {
+            fork: options.fork.map(|fork| (fork, noted)),
+            moments: options.moments,
+        };
         let runtime =
             madsim::runtime::Runtime::with_seed_and_config(seed, madsim::Config::default());
-        runtime.block_on(world::<S>(plan, sink, fork))
+        runtime.block_on(world::<S>(plan, sink, looks))
     });
     let outcome = result.unwrap_or_else(|panic| Outcome {
         seed,
@@ -264,13 +270,20 @@ impl<S: System> World<S> {
     }
 }
 
-async fn world<S: System>(
-    plan: Plan,
-    sink: Option<Sink>,
+/// What is done between two steps, beside the world.
+struct Looks {
     fork: Option<(Fork, Arc<OnceLock<Forked>>)>,
-) -> Outcome {
+    moments: Option<snapshot::Moments>,
+}
+
+async fn world<S: System>(plan: Plan, sink: Option<Sink>, looks: Looks) -> Outcome {
+    let calls = snapshot::Calls::default();
+    let sink = match &looks.moments {
+        Some(_) => Some(snapshot::noting(&calls, sink)),
+        None => sink,
+    };
     let sim = Sim::new(plan.seed, Trace::new(sink));
-    if let Some((fork, noted)) = fork {
+    if let Some((fork, noted)) = looks.fork {
         prepare_fork(&sim, fork, noted);
     }
     sim.set_yield(u64::from(plan.config.yield_permille));
@@ -311,6 +324,16 @@ async fn world<S: System>(
     let net = SimNet::new(&sim, Links::default());
     let disks = Disks::new(&sim, config.meta_size, config.data_size, timing);
     disks.set_slow_reads(u64::from(config.stress.slow_reads), config.stress.slow_by);
+    if let Some(moments) = looks.moments {
+        let looker = snapshot::Looker {
+            moments: RefCell::new(moments),
+            calls,
+            net: Rc::downgrade(&net),
+            disks: Rc::downgrade(&disks),
+            nodes: plan.cluster.as_ref().map_or(1, |c| c.nodes.len()),
+        };
+        Rc::new(looker).start(&sim);
+    }
     let host = Host {
         sim: Rc::clone(&sim),
         node: Rc::clone(&node),
