@@ -70,6 +70,9 @@ pub struct Landed<'a> {
 
 type Watch = Rc<dyn Fn(&Landed<'_>)>;
 
+/// A write that a living mount asks for, by its seat; where, on which device.
+type Asked = Rc<dyn Fn(u32, DeviceRole, u64)>;
+
 /// What the devices know about the machines that use them.
 ///
 /// The volatile cache belongs to the storage, which all machines share: the end
@@ -87,6 +90,7 @@ struct Machines {
     /// Machines that stand still: their requests end when they go on.
     frozen: RefCell<BTreeMap<u32, Vec<End>>>,
     watch: RefCell<Option<Watch>>,
+    asked: RefCell<Option<Asked>>,
 }
 
 impl Machines {
@@ -201,6 +205,7 @@ impl Disks {
         self.clear_trap();
         self.machines.traps.take();
         self.machines.watch.take();
+        self.machines.asked.take();
         // Requests of machines that stand still own the devices.
         let parked = self.machines.frozen.take();
         drop(parked);
@@ -311,6 +316,12 @@ impl Disks {
             self.machines.frozen.borrow().keys().copied().collect(),
             self.machines.barred.borrow().iter().copied().collect(),
         )
+    }
+
+    /// Tells `asked` of every write of a living mount when it is handed over, also of
+    /// one that is refused.
+    pub fn set_asked(&self, asked: impl Fn(u32, DeviceRole, u64) + 'static) {
+        *self.machines.asked.borrow_mut() = Some(Rc::new(asked));
     }
 
     /// What is on a device now.
@@ -657,6 +668,10 @@ impl BlockDevice for Handle {
         flags: WriteFlags,
     ) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
         let len = bufs.iter().map(|buf| buf.len() as u64).sum();
+        let asked = self.disk.machines.asked.borrow().clone();
+        if let Some(asked) = asked.filter(|_| self.life.is_alive()) {
+            asked(self.life.seat(), self.disk.role, offset);
+        }
         if let Err(error) = self.check("write", offset, len) {
             return Box::pin(std::future::ready(Err(error)));
         }
