@@ -17,6 +17,7 @@
 pub mod disk_model;
 pub mod explain;
 pub mod explore;
+pub mod histories;
 pub mod model;
 pub mod oracle;
 pub mod plan;

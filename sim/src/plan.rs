@@ -6,12 +6,14 @@
 //! what exists when they run, so a plan stays meaningful when parts are removed.
 
 pub mod cluster;
+pub mod tuning;
 
 use crate::rng::Stream;
 use crate::stress::{Stress, add_bursts};
 use cluster::ClusterPlan;
 use outrider_core::env::{DeviceRole, Entropy};
 use serde::{Deserialize, Serialize};
+use tuning::{Knobs, Tuning};
 
 /// One of the volume's devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -468,40 +470,57 @@ impl Plan {
     /// The plan of a seed with what [`Plan::from_seed`] draws and, in most of the
     /// seeds, with sizes drawn tiny, slow reads, faults and bursts that fit together.
     pub fn stressed(seed: u64, profile: Option<Profile>) -> Plan {
-        let mut plan = Self::from_seed(seed, profile);
-        if plan.cluster.is_some() {
-            return plan;
+        Self::tuned(seed, &Tuning::of(profile), true).0
+    }
+
+    /// The plan of a seed with what somebody wants to be other than drawn, with `stress`
+    /// as [`Plan::stressed`]; and what was drawn.
+    pub fn tuned(seed: u64, tuning: &Tuning, stress: bool) -> (Plan, Knobs) {
+        let knobs = tuning.of_seed(seed);
+        let mut plan = Self::draw(seed, tuning.profile, &knobs);
+        if stress && plan.cluster.is_none() {
+            plan.config.stress = Stress::draw(seed, plan.config.profile);
+            plan.config.stress.clone().resize(&mut plan.config);
+            knobs.config(&mut plan.config);
+            add_bursts(seed, &mut plan.config, &mut plan.lives);
         }
-        plan.config.stress = Stress::draw(seed, plan.config.profile);
-        plan.config.stress.clone().resize(&mut plan.config);
-        add_bursts(seed, &mut plan.config, &mut plan.lives);
-        plan
+        (plan, knobs)
     }
 
     /// Draws the plan of a seed; the profile follows from the seed unless given.
     pub fn from_seed(seed: u64, profile: Option<Profile>) -> Plan {
+        Self::draw(seed, profile, &Knobs::default())
+    }
+
+    fn draw(seed: u64, profile: Option<Profile>, knobs: &Knobs) -> Plan {
         let rng = Stream::new(seed, "plan", 0);
         let drawn = PROFILES[rng.weighted(&[8, 3, 3, 3, 1, 2])];
         let profile = profile.unwrap_or(drawn);
-        let config = draw_config(&rng, profile);
-        let mix = Mix::draw(&rng, profile, &config);
+        let mut config = draw_config(&rng, profile);
         if profile == Profile::Cluster {
-            let config = Config {
-                // Every mount keeps blocks of its own.
-                meta_size: 16_384 * MIB,
-                ..config
-            };
+            // Every mount keeps blocks of its own.
+            config.meta_size = 16_384 * MIB;
+        }
+        knobs.config(&mut config);
+        let mix = Mix::draw(&rng, profile, &config, knobs);
+        if profile == Profile::Cluster {
             return Plan {
                 seed,
-                cluster: Some(cluster::draw(seed, &config, &mix)),
+                cluster: Some(cluster::draw(seed, &config, &mix, knobs)),
                 config,
                 lives: Vec::new(),
             };
         }
-        let lives = 1 + rng.weighted(&[1, 4, 3, 2]) as u64;
-        let total = 200 + rng.below(200);
+        let lives = knobs.count("workload.lives", 1 + rng.weighted(&[1, 4, 3, 2]) as u64);
+        let total = knobs.count("workload.operations", 200 + rng.below(200));
+        let drawing = LifeDraw {
+            rng: &rng,
+            config: &config,
+            mix: &mix,
+            knobs,
+        };
         let lives = (0..lives)
-            .map(|life| draw_life(&rng, &config, &mix, total / lives + 1, life + 1 == lives))
+            .map(|life| drawing.life(total / lives + 1, life + 1 == lives))
             .collect();
         Plan {
             seed,
@@ -554,7 +573,7 @@ struct Mix {
 }
 
 impl Mix {
-    fn draw(rng: &Stream, profile: Profile, config: &Config) -> Self {
+    fn draw(rng: &Stream, profile: Profile, config: &Config, knobs: &Knobs) -> Self {
         #[rustfmt::skip]
         let mut weights: [u32; OP_KINDS] = [
             // lookup getattr chmod chown utimes truncate readlink mknod mkdir create
@@ -581,141 +600,171 @@ impl Mix {
             weights[write] = weights[write].max(40);
             weights[29] = weights[29].max(10);
         }
+        knobs.weights(&mut weights);
+        let tasks = if config.kernel_locks {
+            rng.pick(&[1, 2, 4, 8])
+        } else {
+            rng.pick(&[1, 2, 3])
+        };
+        let window = rng.pick(&[6, 12, 24, 40]);
+        let big = profile == Profile::Full || rng.chance(200);
+        let max_file = rng.pick(&[10_000, 100_000, 1_000_000]);
         Self {
             weights,
-            tasks: if config.kernel_locks {
-                rng.pick(&[1, 2, 4, 8])
-            } else {
-                rng.pick(&[1, 2, 3])
-            },
-            window: rng.pick(&[6, 12, 24, 40]),
-            big: profile == Profile::Full || rng.chance(200),
-            max_file: rng.pick(&[10_000, 100_000, 1_000_000]),
+            tasks: knobs.count("workload.tasks", tasks),
+            window: knobs.count("workload.window", window),
+            big: knobs.flag("workload.big", big),
+            max_file: knobs.count("workload.max_file", max_file),
         }
     }
 }
 
-fn draw_life(rng: &Stream, config: &Config, mix: &Mix, ops: u64, last: bool) -> LifePlan {
-    let mut windows = Vec::new();
-    let mut left = ops;
-    while left > 0 {
-        let count = left.min(mix.window);
-        left -= count;
-        let mut window = Window {
-            tasks: vec![Vec::new(); mix.tasks as usize],
-            sync: rng.chance(400),
-            audit: rng.chance(300),
+/// What the lives of one node are drawn with.
+struct LifeDraw<'a> {
+    rng: &'a Stream,
+    config: &'a Config,
+    mix: &'a Mix,
+    knobs: &'a Knobs,
+}
+
+impl LifeDraw<'_> {
+    fn life(&self, ops: u64, last: bool) -> LifePlan {
+        let (rng, mix) = (self.rng, self.mix);
+        let mut windows = Vec::new();
+        let mut left = ops;
+        while left > 0 {
+            let count = left.min(mix.window);
+            left -= count;
+            let mut window = Window {
+                tasks: vec![Vec::new(); mix.tasks as usize],
+                sync: rng.chance(self.knobs.chance("workload.sync", 400)),
+                audit: rng.chance(self.knobs.chance("workload.audit", 300)),
+            };
+            for n in 0..count {
+                let task = (n % mix.tasks) as usize;
+                window.tasks[task].push(draw_op(rng, self.config, mix));
+            }
+            windows.push(window);
+        }
+        let end = self.end(ops, last);
+        LifePlan {
+            windows,
+            faults: self.faults(),
+            end,
+        }
+    }
+
+    fn end(&self, ops: u64, last: bool) -> End {
+        let (rng, knobs, profile) = (self.rng, self.knobs, self.config.profile);
+        if last && rng.chance(knobs.chance("ends.clean_last", 500)) {
+            return End::Unmount;
+        }
+        let when = match rng.below(6) {
+            0 => When::Time(rng.below(20_000_000_000)),
+            1 | 2 => When::Request(1 + rng.below(60)),
+            3 => When::Request(1 + rng.below(400)),
+            _ => When::Operations(rng.below(ops + 1) as u32),
         };
-        for n in 0..count {
-            let task = (n % mix.tasks) as usize;
-            window.tasks[task].push(draw_op(rng, config, mix));
+        let force = if profile == Profile::Lifecycle {
+            300
+        } else {
+            50
+        };
+        if rng.chance(knobs.chance("ends.force", force)) {
+            return End::ForceUnmount(when);
         }
-        windows.push(window);
+        let given = ["ends.unmount", "ends.kill", "ends.power"].map(|key| knobs.given(key));
+        let way = rng.below(8);
+        let way = match given.map(Option::unwrap_or_default) {
+            [0, 0, 0] => way,
+            // The first of each kind, and any of the power losses.
+            weights => match rng.weighted(&weights.map(|weight| weight as u32)) {
+                0 => 0,
+                1 => 1,
+                _ => 3 + rng.below(5),
+            },
+        };
+        match way {
+            0 => End::Unmount,
+            1 | 2 => End::Kill(when),
+            3 => End::PowerLoss(when, Loss::AllUnflushed),
+            4 => End::PowerLoss(when, Loss::Nothing),
+            5 => End::PowerLoss(when, Loss::Writes),
+            _ => End::PowerLoss(when, Loss::Sectors),
+        }
     }
-    let end = draw_end(rng, config.profile, ops, last);
-    LifePlan {
-        windows,
-        faults: draw_faults(rng, config.profile),
-        end,
-    }
-}
 
-fn draw_end(rng: &Stream, profile: Profile, ops: u64, last: bool) -> End {
-    if last && rng.chance(500) {
-        return End::Unmount;
-    }
-    let when = match rng.below(6) {
-        0 => When::Time(rng.below(20_000_000_000)),
-        1 | 2 => When::Request(1 + rng.below(60)),
-        3 => When::Request(1 + rng.below(400)),
-        _ => When::Operations(rng.below(ops + 1) as u32),
-    };
-    let force = if profile == Profile::Lifecycle {
-        300
-    } else {
-        50
-    };
-    if rng.chance(force) {
-        return End::ForceUnmount(when);
-    }
-    match rng.below(8) {
-        0 => End::Unmount,
-        1 | 2 => End::Kill(when),
-        3 => End::PowerLoss(when, Loss::AllUnflushed),
-        4 => End::PowerLoss(when, Loss::Nothing),
-        5 => End::PowerLoss(when, Loss::Writes),
-        _ => End::PowerLoss(when, Loss::Sectors),
-    }
-}
-
-fn draw_faults(rng: &Stream, profile: Profile) -> Vec<Fault> {
-    let mut faults = Vec::new();
-    let device = || rng.pick(&[Device::Meta, Device::Meta, Device::Data]);
-    let stall = |faults: &mut Vec<Fault>| {
-        let from = rng.below(15_000_000_000);
-        faults.push(Fault::Disk(DiskFault::Stall {
-            device: device(),
-            from,
-            until: from + rng.below(4_000_000_000),
-        }));
-    };
-    match profile {
-        Profile::DiskErrors | Profile::Lifecycle => {
-            for _ in 0..1 + rng.below(4) {
-                let early = profile == Profile::Lifecycle;
-                let from = rng.below(if early { 2_000_000_000 } else { 20_000_000_000 });
-                let lasting = rng.chance(300);
-                faults.push(Fault::Disk(DiskFault::Error {
-                    device: device(),
-                    op: rng.pick(&[DiskOp::Read, DiskOp::Write, DiskOp::Flush]),
-                    from,
-                    until: from
-                        + rng.below(if lasting {
-                            8_000_000_000
-                        } else {
-                            1_000_000_000
-                        }),
-                    times: if lasting { 1000 } else { 1 },
-                    permille: rng.pick(&[100, 500, 1000]),
-                }));
-            }
-            if rng.chance(300) {
-                stall(&mut faults);
-            }
+    fn faults(&self) -> Vec<Fault> {
+        let (rng, knobs, profile) = (self.rng, self.knobs, self.config.profile);
+        let mut faults = Vec::new();
+        let device = || rng.pick(&[Device::Meta, Device::Meta, Device::Data]);
+        let stall = |faults: &mut Vec<Fault>| {
+            let from = rng.below(15_000_000_000);
+            faults.push(Fault::Disk(DiskFault::Stall {
+                device: device(),
+                from,
+                until: from + rng.below(4_000_000_000),
+            }));
+        };
+        let (errors, steps) = match profile {
+            Profile::DiskErrors | Profile::Lifecycle => (1 + rng.below(4), 0),
+            Profile::Clock => (0, 1 + rng.below(4)),
+            Profile::Default | Profile::Full | Profile::Memory | Profile::Cluster => (0, 0),
+        };
+        for _ in 0..knobs.count("faults.errors", errors) {
+            let early = profile == Profile::Lifecycle;
+            let from = rng.below(if early { 2_000_000_000 } else { 20_000_000_000 });
+            let lasting = rng.chance(300);
+            faults.push(Fault::Disk(DiskFault::Error {
+                device: device(),
+                op: rng.pick(&[DiskOp::Read, DiskOp::Write, DiskOp::Flush]),
+                from,
+                until: from
+                    + rng.below(if lasting {
+                        8_000_000_000
+                    } else {
+                        1_000_000_000
+                    }),
+                times: if lasting { 1000 } else { 1 },
+                permille: rng.pick(&[100, 500, 1000]),
+            }));
         }
-        Profile::Clock => {
-            for _ in 0..1 + rng.below(4) {
-                let by = rng.pick(&[
-                    -86_400_000_000_000,
-                    -1_000_000_000,
-                    1_000_000_000,
-                    86_400_000_000_000,
-                ]);
-                faults.push(Fault::WallStep {
-                    at: rng.below(15_000_000_000),
-                    by,
-                });
-            }
+        for _ in 0..knobs.count("faults.wall_steps", steps) {
+            let by = rng.pick(&[
+                -86_400_000_000_000,
+                -1_000_000_000,
+                1_000_000_000,
+                86_400_000_000_000,
+            ]);
+            faults.push(Fault::WallStep {
+                at: rng.below(15_000_000_000),
+                by,
+            });
         }
-        Profile::Default | Profile::Full | Profile::Memory | Profile::Cluster => {
-            if rng.chance(150) {
-                stall(&mut faults);
-            }
+        let stalls = match profile {
+            Profile::DiskErrors | Profile::Lifecycle => 300,
+            Profile::Clock => 0,
+            Profile::Default | Profile::Full | Profile::Memory | Profile::Cluster => 150,
+        };
+        let stalls = knobs.chance("faults.stall", stalls);
+        // A clock's worlds draw nothing here.
+        if stalls > 0 && rng.chance(stalls) {
+            stall(&mut faults);
         }
+        if rng.chance(knobs.chance("faults.reset", 100)) {
+            faults.push(Fault::ResetStreams {
+                at: rng.below(20_000_000_000),
+            });
+        }
+        if rng.chance(knobs.chance("faults.partition", 50)) {
+            let from = rng.below(15_000_000_000);
+            faults.push(Fault::Partition {
+                from,
+                until: from + rng.below(3_000_000_000),
+            });
+        }
+        faults
     }
-    if rng.chance(100) {
-        faults.push(Fault::ResetStreams {
-            at: rng.below(20_000_000_000),
-        });
-    }
-    if rng.chance(50) {
-        let from = rng.below(15_000_000_000);
-        faults.push(Fault::Partition {
-            from,
-            until: from + rng.below(3_000_000_000),
-        });
-    }
-    faults
 }
 
 fn draw_offset(rng: &Stream, mix: &Mix) -> u64 {

@@ -2,6 +2,7 @@
 
 mod explain;
 mod explore;
+mod histories;
 mod mutants;
 mod replay;
 mod report;
@@ -11,6 +12,7 @@ mod sweep;
 
 use clap::{Parser, Subcommand};
 use outrider_sim::case::Case;
+use outrider_sim::plan::tuning::{self, Tuning};
 use outrider_sim::plan::{PROFILES, Plan, Profile};
 use outrider_sim::reference::Reference;
 use outrider_sim::world::{self, Options, Outcome, node::Outrider};
@@ -45,6 +47,13 @@ enum Command {
     Mutants(mutants::Args),
     /// Explore the protocol brains exhaustively within small bounds.
     Explore(explore::Args),
+    /// List the profiles and the keys of what a seed draws.
+    Profiles {
+        /// Print this one, as a file to begin with.
+        name: Option<String>,
+    },
+    /// Judge histories of which it is known whether they are right.
+    JudgeHistories(histories::Args),
     /// Run the saved plans that once failed.
     Corpus {
         /// Where they are.
@@ -53,15 +62,75 @@ enum Command {
     },
 }
 
-/// How a run is drawn, where it is named by a seed, and which bug it has.
+/// How seeds are drawn.
 #[derive(clap::Args)]
-struct Drawn {
-    /// The profile of the seed, if not its own.
-    #[arg(long, value_parser = parse_profile)]
-    profile: Option<Profile>,
+struct Drawing {
+    /// The profile of the seed, if not its own: a name, or a file *.toml or *.json
+    /// (see `outrider-sim profiles`).
+    #[arg(long, value_name = "NAME|FILE")]
+    profile: Option<String>,
+    /// Replace what a seed draws for a key, by one of some values; may be given again.
+    #[arg(long = "set", value_name = "KEY=VALUE,...")]
+    set: Vec<String>,
     /// Draw tiny sizes, slow reads, faults and bursts in most of the seeds as well.
     #[arg(long)]
     stress: bool,
+}
+
+/// As [`Drawing`], read and found well.
+pub struct Way {
+    tuning: Tuning,
+    stress: bool,
+    flags: String,
+}
+
+impl Drawing {
+    fn read(&self) -> Result<Way, String> {
+        let mut tuning = match &self.profile {
+            Some(name) => Tuning::load(name)?,
+            None => Tuning::default(),
+        };
+        let mut flags = String::new();
+        if let Some(profile) = &self.profile {
+            flags += &format!(" --profile {profile}");
+        }
+        for text in &self.set {
+            tuning.set(text)?;
+            flags += &format!(" --set {text}");
+        }
+        if self.stress {
+            flags += " --stress";
+        }
+        let stress = self.stress;
+        Ok(Way {
+            tuning,
+            stress,
+            flags,
+        })
+    }
+}
+
+impl Way {
+    /// A profile, or each seed's own.
+    fn of(profile: Option<Profile>, stress: bool) -> Self {
+        Self {
+            tuning: Tuning::of(profile),
+            stress,
+            flags: String::new(),
+        }
+    }
+
+    /// The plan of a seed.
+    fn draw(&self, seed: u64) -> Plan {
+        Plan::tuned(seed, &self.tuning, self.stress).0
+    }
+}
+
+/// How a run is drawn, where it is named by a seed, and which bug it has.
+#[derive(clap::Args)]
+struct Drawn {
+    #[command(flatten)]
+    drawing: Drawing,
     /// The planted bug to switch on.
     #[arg(long)]
     mutant: Option<String>,
@@ -70,13 +139,7 @@ struct Drawn {
 impl Drawn {
     /// The flags that say the same, each after a space.
     fn as_flags(&self) -> String {
-        let mut flags = String::new();
-        if let Some(profile) = self.profile {
-            flags += &format!(" --profile {}", format!("{profile:?}").to_lowercase());
-        }
-        if self.stress {
-            flags += " --stress";
-        }
+        let mut flags = self.drawing.read().map_or(String::new(), |way| way.flags);
         if let Some(mutant) = &self.mutant {
             flags += &format!(" --mutant {mutant}");
         }
@@ -85,14 +148,28 @@ impl Drawn {
 
     /// What a command line names: the plan of a seed, or a file.
     fn case(&self, what: &str) -> Result<Case, String> {
+        let way = self.drawing.read()?;
         let mut case = match what.parse::<u64>() {
-            Ok(seed) => Case::of(draw(seed, self.profile, self.stress)),
-            Err(_) => Case::load(Path::new(what))?,
+            Ok(seed) => Case::of(way.draw(seed)),
+            Err(_) if way.flags.is_empty() => Case::load(Path::new(what))?,
+            Err(_) => {
+                let flags = &way.flags;
+                return Err(format!(
+                    "{what} is a plan that is drawn:{flags} is for seeds"
+                ));
+            }
         };
         if let Some(name) = &self.mutant {
             case.mutant = Some(name.clone());
         }
         Ok(case)
+    }
+
+    /// What was drawn for a seed, in lines; empty for a file.
+    fn swarm(&self, what: &str) -> Result<String, String> {
+        let way = self.drawing.read()?;
+        let tuned = |seed| Plan::tuned(seed, &way.tuning, way.stress).1.header();
+        Ok(what.parse::<u64>().map_or(String::new(), tuned))
     }
 }
 
@@ -127,6 +204,8 @@ pub fn main() -> ExitCode {
         Command::Shrink(args) => shrink::run(&args),
         Command::Mutants(args) => mutants::run(&args),
         Command::Explore(args) => explore::run(&args),
+        Command::Profiles { name } => profiles(name.as_deref()),
+        Command::JudgeHistories(args) => histories::run(&args),
         Command::Corpus { dir } => corpus(&dir),
     };
     match result {
@@ -159,18 +238,24 @@ fn run_with(plan: &Plan, reference: bool, options: Options) -> Outcome {
     }
 }
 
-/// The plan of a seed, with `stress` also what is drawn to be tiny, slow or frequent.
-fn draw(seed: u64, profile: Option<Profile>, stress: bool) -> Plan {
-    if stress {
-        Plan::stressed(seed, profile)
-    } else {
-        Plan::from_seed(seed, profile)
-    }
-}
-
 /// The planted bug of a case.
 fn planted(case: &Case) -> Result<Option<&'static str>, String> {
     case.mutant.as_deref().map(mutants::find).transpose()
+}
+
+fn profiles(name: Option<&str>) -> Result<bool, String> {
+    if let Some(name) = name {
+        Tuning::load(name)?;
+        match tuning::text_of(name) {
+            Some(text) => print!("{text}"),
+            None => println!("base = {name:?}"),
+        }
+        return Ok(true);
+    }
+    println!("profiles: {}\n", tuning::names().join(", "));
+    println!("keys, in a file as `cluster.cuts = 0.5` or in tables, and for --set:");
+    print!("{}", tuning::keys());
+    Ok(true)
 }
 
 fn corpus(dir: &Path) -> Result<bool, String> {

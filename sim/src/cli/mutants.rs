@@ -8,8 +8,8 @@
 //! What can go wrong: a bug counted as found by a world that fails anyway. A seed,
 //! or an exploration, counts only if it passes without the bug.
 
-use super::parse_profile;
 use super::sweep::{Hunt, all_processors, hunt};
+use super::{Way, parse_profile};
 use indicatif::{ProgressBar, ProgressStyle};
 use outrider_sim::explore::scenarios::{self, Scenario};
 use outrider_sim::plan::Profile;
@@ -249,8 +249,7 @@ fn hunt_seeds(args: &Args, mutant: &Mutant, start: u64, stress: bool) -> Hunted 
             seeds: args.seeds,
             jobs: args.jobs.unwrap_or_else(all_processors).max(1),
             budget: Some(args.time_budget),
-            profile: args.profile.or(mutant.profile()),
-            stress,
+            way: Way::of(args.profile.or(mutant.profile()), stress),
             reference: false,
             mutant: Some(mutant.name),
             stop_at_first: true,

@@ -208,6 +208,10 @@ pub fn run(args: &Args) -> Result<bool, String> {
     let (plan, mutant) = (&recorded.plan, planted(&recorded)?);
     if !args.json {
         println!("{}", plan.header());
+        let swarm = args.drawn.swarm(&args.what)?;
+        if !swarm.is_empty() {
+            println!("{swarm}");
+        }
     }
     let kept = Arc::default();
     let options = Options {

@@ -1,7 +1,7 @@
 //! Many seeds on several threads.
 
 use super::report::{Shard, annotation, junit};
-use super::{draw, parse_profile, run_plan};
+use super::{Drawing, Way, run_plan};
 use indicatif::{ProgressBar, ProgressStyle};
 use outrider_sim::case::{Case, signature};
 use outrider_sim::oracle::Violation;
@@ -36,12 +36,8 @@ pub struct Args {
     /// Print SEED EVENT_HASH IMAGE_HASH for every seed.
     #[arg(long)]
     hashes: bool,
-    /// One kind of trouble for all seeds.
-    #[arg(long, value_parser = parse_profile)]
-    profile: Option<Profile>,
-    /// Draw tiny sizes, slow reads, faults and bursts in most of the seeds as well.
-    #[arg(long)]
-    stress: bool,
+    #[command(flatten)]
+    drawing: Drawing,
     /// Run a filesystem in memory that is right by construction: tests the judge.
     #[arg(long)]
     reference: bool,
@@ -80,10 +76,8 @@ pub struct Hunt {
     pub jobs: usize,
     /// Seconds after which no more seeds are started.
     pub budget: Option<u64>,
-    /// Profile of all seeds.
-    pub profile: Option<Profile>,
-    /// Without what is drawn to be tiny, slow or frequent.
-    pub stress: bool,
+    /// How seeds are drawn.
+    pub way: Way,
     /// The reference instead of Outrider.
     pub reference: bool,
     /// Planted bug.
@@ -116,7 +110,7 @@ fn hunt_shard(hunt: &Hunt, shard: Shard, canary: bool, bar: &ProgressBar) -> Fou
                         return;
                     }
                     let seed = hunt.from + shard.nth(index);
-                    let plan = draw(seed, hunt.profile, hunt.stress);
+                    let plan = hunt.way.draw(seed);
                     let mut outcome = run_plan(&plan, hunt.reference, hunt.mutant);
                     // A seed that fails without the planted bug proves nothing about it.
                     if hunt.mutant.is_some()
@@ -136,9 +130,7 @@ fn hunt_shard(hunt: &Hunt, shard: Shard, canary: bool, bar: &ProgressBar) -> Fou
                             stop.store(true, Ordering::Relaxed);
                         }
                         if !hunt.quiet {
-                            bar.suspend(|| {
-                                eprintln!("{}", report(&outcome, hunt.profile, hunt.stress))
-                            });
+                            bar.suspend(|| eprintln!("{}", report(&outcome, &hunt.way)));
                         }
                     }
                     outcomes
@@ -156,7 +148,7 @@ fn hunt_shard(hunt: &Hunt, shard: Shard, canary: bool, bar: &ProgressBar) -> Fou
     }
 }
 
-fn report(outcome: &Outcome, profile: Option<Profile>, stress: bool) -> String {
+fn report(outcome: &Outcome, way: &Way) -> String {
     let Some(failure) = &outcome.failure else {
         return String::new();
     };
@@ -170,16 +162,12 @@ fn report(outcome: &Outcome, profile: Option<Profile>, stress: bool) -> String {
         "seed {} FAILED ({}): {text}\n  {}",
         outcome.seed,
         failure.kind,
-        command(outcome.seed, profile, stress)
+        command(outcome.seed, way)
     )
 }
 
-fn command(seed: u64, profile: Option<Profile>, stress: bool) -> String {
-    let profile = profile
-        .map(|profile| format!(" --profile {}", format!("{profile:?}").to_lowercase()))
-        .unwrap_or_default();
-    let stress = if stress { " --stress" } else { "" };
-    format!("replay with: outrider-sim replay {seed}{profile}{stress} --log")
+fn command(seed: u64, way: &Way) -> String {
+    format!("replay with: outrider-sim replay {seed}{} --log", way.flags)
 }
 
 /// All processors.
@@ -198,25 +186,20 @@ pub fn run(args: &Args) -> Result<bool, String> {
     };
     let style = "{elapsed_precise} {wide_bar} {pos}/{len} seeds, {per_sec}, {eta} left";
     bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
-    let found = hunt_shard(
-        &Hunt {
-            from: args.from,
-            seeds: args.seeds,
-            jobs: args.jobs.unwrap_or_else(all_processors).max(1),
-            budget: args.time_budget,
-            profile: args.profile,
-            stress: args.stress,
-            reference: args.reference,
-            mutant: None,
-            stop_at_first: false,
-            quiet: args.json || args.hashes,
-        },
-        shard,
-        args.canary,
-        &bar,
-    );
+    let hunt = Hunt {
+        from: args.from,
+        seeds: args.seeds,
+        jobs: args.jobs.unwrap_or_else(all_processors).max(1),
+        budget: args.time_budget,
+        way: args.drawing.read()?,
+        reference: args.reference,
+        mutant: None,
+        stop_at_first: false,
+        quiet: args.json || args.hashes,
+    };
+    let found = hunt_shard(&hunt, shard, args.canary, &bar);
     bar.finish_and_clear();
-    let replay = |seed| command(seed, args.profile, args.stress);
+    let replay = |seed| command(seed, &hunt.way);
     if let Some(file) = &args.junit {
         let outcomes: Vec<&Outcome> = found.outcomes.values().collect();
         let text = junit(&outcomes, found.seconds, replay);
@@ -231,7 +214,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
         }
     }
     if let Some(dir) = &args.save {
-        save_failing(&found, args.profile, args.stress, dir)?;
+        save_failing(&found, &hunt.way, dir)?;
     }
     if args.hashes {
         for (seed, outcome) in &found.outcomes {
@@ -249,19 +232,14 @@ pub fn run(args: &Args) -> Result<bool, String> {
     if args.json {
         print_json(&found, &failed);
     } else if !args.hashes {
-        print_summary(&found, &failed, args);
+        print_summary(&found, &failed, &hunt.way);
     }
     Ok(failed.is_empty())
 }
 
-fn save_failing(
-    found: &Found,
-    profile: Option<Profile>,
-    stress: bool,
-    dir: &Path,
-) -> Result<(), String> {
+fn save_failing(found: &Found, way: &Way, dir: &Path) -> Result<(), String> {
     for outcome in found.outcomes.values() {
-        let plan = draw(outcome.seed, profile, stress);
+        let plan = way.draw(outcome.seed);
         if let (Some(failure), Some(case)) = (&outcome.failure, Case::failed(plan, None, outcome)) {
             std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
             case.save(&dir.join(format!("{}-{}.json", failure.kind, outcome.seed)))?;
@@ -275,7 +253,7 @@ fn totals(found: &Found) -> (u64, u64, u64) {
     (sum(|o| o.calls), sum(|o| o.nanos), sum(|o| o.unjudged))
 }
 
-fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
+fn print_summary(found: &Found, failed: &[&Outcome], way: &Way) {
     let (calls, nanos, unjudged) = totals(found);
     let seeds = found.outcomes.len();
     println!(
@@ -292,7 +270,7 @@ fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
     }
     let reached: Vec<String> = probes.iter().map(|(p, n)| format!("{p} {n}")).collect();
     println!("reached: {}", reached.join(", "));
-    if args.profile == Some(Profile::Cluster) {
+    if way.tuning.profile == Some(Profile::Cluster) {
         let missed: Vec<&str> = steps::all().filter(|p| !probes.contains_key(p)).collect();
         println!("steps of the crash tables never hit: {}", missed.join(", "));
         let blamed = found.outcomes.values().filter(|o| o.blamed.is_some());
@@ -311,11 +289,7 @@ fn print_summary(found: &Found, failed: &[&Outcome], args: &Args) {
         );
     }
     for outcome in failed {
-        println!(
-            "seed {} {}",
-            outcome.seed,
-            command(outcome.seed, args.profile, args.stress)
-        );
+        println!("seed {} {}", outcome.seed, command(outcome.seed, way));
     }
 }
 

@@ -150,8 +150,10 @@ impl Search {
             return;
         }
         frame.picked = Some(index);
-        if record.call.is_read_only() {
-            // It changes nothing: if it fits here, no other place is better.
+        let before = frame.state.digest();
+        if record.call.is_read_only() && frame.variants.iter().all(|s| s.digest() == before) {
+            // It changes nothing, nor tells of two times which one it was: if it fits
+            // here, no other place is better.
             frame.next = frame.candidates.len();
         }
         self.mark(index, true);

@@ -4,6 +4,7 @@
 //! All of it is drawn from streams of its own, so that plans of one node stay
 //! as they are.
 
+use super::tuning::Knobs;
 use super::{Config, DiskFault, DiskOp, Loss, Mix, PlanOp, When, draw_op};
 use crate::plan::Device;
 use crate::rng::Stream;
@@ -297,18 +298,35 @@ impl Swarm {
             rolling: rng.chance(120),
         }
     }
+
+    /// What somebody wants to be other than drawn.
+    fn tuned(self, knobs: &Knobs) -> Self {
+        Self {
+            cuts: knobs.chance("cluster.cuts", self.cuts),
+            bad: knobs.chance("cluster.bad", self.bad),
+            resets: knobs.chance("cluster.resets", self.resets),
+            pauses: knobs.chance("cluster.pauses", self.pauses),
+            steps: knobs.chance("cluster.steps", self.steps),
+            disk: knobs.chance("cluster.disk", self.disk),
+            deaths: knobs.chance("cluster.deaths", self.deaths),
+            blackout: knobs.chance("cluster.blackout", self.blackout),
+            rolling: knobs.flag("cluster.rolling", self.rolling),
+        }
+    }
 }
 
 /// Draws the cluster of a seed.
-pub(super) fn draw(seed: u64, config: &Config, mix: &Mix) -> ClusterPlan {
+pub(super) fn draw(seed: u64, config: &Config, mix: &Mix, knobs: &Knobs) -> ClusterPlan {
     let rng = Stream::new(seed, "cluster", 0);
     let count = 2 + rng.weighted(&[5, 6, 4, 2, 1, 1, 1, 1]);
+    let count = knobs.count("cluster.nodes", count as u64) as usize;
     // Every node a member, or some; the first one always is.
     let members = if rng.chance(500) {
         count
     } else {
         1 + rng.below(count as u64) as usize
     };
+    let members = (knobs.count("cluster.members", members as u64) as usize).min(count);
     let nodes = (0..count)
         .map(|number| NodePlan {
             member: number < members,
@@ -316,15 +334,17 @@ pub(super) fn draw(seed: u64, config: &Config, mix: &Mix) -> ClusterPlan {
             wall_skew: rng.pick(&[0, 0, -3 * SECOND as i64, 40 * SECOND as i64]),
         })
         .collect();
-    let swarm = Swarm::draw(&rng);
+    let swarm = Swarm::draw(&rng).tuned(knobs);
     let cx = Draw {
         rng: &rng,
         config,
         mix,
         count,
         members,
+        operations: knobs.given("cluster.operations"),
     };
-    let rounds = (0..2 + rng.below(6))
+    let rounds = knobs.count("cluster.rounds", 2 + rng.below(6));
+    let rounds = (0..rounds)
         .map(|number| cx.round(&swarm, number as usize))
         .collect();
     // A majority of the members, and any others.
@@ -335,26 +355,33 @@ pub(super) fn draw(seed: u64, config: &Config, mix: &Mix) -> ClusterPlan {
     for number in members..count {
         core |= u16::from(rng.chance(500)) << number;
     }
+    let millis = |key, drawn: &[u64]| knobs.count(key, rng.pick(drawn)) as u32;
     let mut plan = ClusterPlan {
         nodes,
-        heartbeat_ms: rng.pick(&[2_000, 3_000, 10_000]),
-        keepalive_ms: rng.pick(&[3_000, 10_000, 24_000]),
+        heartbeat_ms: millis("cluster.heartbeat_ms", &[2_000, 3_000, 10_000]),
+        keepalive_ms: millis("cluster.keepalive_ms", &[3_000, 10_000, 24_000]),
         recovery_ms: rng.pick(&[5_000, 10_000, 30_000]),
         reconnect_ms: rng.pick(&[2_000, 5_000, 20_000]),
-        agents: [
-            Agents::Prompt,
-            Agents::Slow,
-            Agents::Fail,
-            Agents::Hang,
-            Agents::Bar,
-            Agents::Lie,
-        ][rng.weighted(&[8, 2, 1, 1, 2, 1])],
+        agents: knobs.name(
+            "cluster.agents",
+            [
+                Agents::Prompt,
+                Agents::Slow,
+                Agents::Fail,
+                Agents::Hang,
+                Agents::Bar,
+                Agents::Lie,
+            ][rng.weighted(&[8, 2, 1, 1, 2, 1])],
+        ),
         rounds,
         core,
         broken: rng.pick(&[Broken::Dead, Broken::Dark, Broken::Alone, Broken::Still]),
         core_round: cx.work(16, true),
     };
     strike(seed, &mut plan);
+    if !knobs.flag("cluster.core", true) {
+        plan.core = 0;
+    }
     plan
 }
 
@@ -388,6 +415,8 @@ struct Draw<'a> {
     mix: &'a Mix,
     count: usize,
     members: usize,
+    /// Operations of a round, if they are not drawn.
+    operations: Option<u64>,
 }
 
 impl Draw<'_> {
@@ -449,7 +478,8 @@ impl Draw<'_> {
 
     fn round(&self, swarm: &Swarm, number: usize) -> Round {
         let rng = self.rng;
-        let most = rng.pick(&[8, 14, 24]);
+        let drawn = rng.pick(&[8, 14, 24]);
+        let most = self.operations.unwrap_or(drawn);
         let mut round = self.work(most, false);
         let troubles = &mut round.troubles;
         while rng.chance(swarm.cuts) {
