@@ -31,6 +31,7 @@ pub mod trace;
 pub mod backend;
 #[cfg(madsim)]
 pub mod case;
+pub mod cost;
 #[cfg(madsim)]
 pub mod kernel;
 #[cfg(madsim)]

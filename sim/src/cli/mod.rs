@@ -1,5 +1,6 @@
 //! The command line. Exit codes: 0 clean, 1 failures found, 2 could not run.
 
+mod cost;
 mod explain;
 mod explore;
 mod histories;
@@ -54,6 +55,8 @@ enum Command {
     },
     /// Judge histories of which it is known whether they are right.
     JudgeHistories(histories::Args),
+    /// Count what creating files costs in a cluster.
+    Cost(cost::Args),
     /// Run the saved plans that once failed.
     Corpus {
         /// Where they are.
@@ -206,6 +209,7 @@ pub fn main() -> ExitCode {
         Command::Explore(args) => explore::run(&args),
         Command::Profiles { name } => profiles(name.as_deref()),
         Command::JudgeHistories(args) => histories::run(&args),
+        Command::Cost(args) => cost::run(&args),
         Command::Corpus { dir } => corpus(&dir),
     };
     match result {
