@@ -98,7 +98,7 @@ pub struct Violation {
 pub struct Oracle {
     chain: Chain,
     current: Vec<Record>,
-    /// What the last crash showed without its being durable.
+    /// What the last crash showed and no flush makes durable.
     unsettled: Unsettled,
     /// Beginnings and ends so far.
     count: u64,
@@ -115,6 +115,8 @@ pub struct Oracle {
     shaky: bool,
     /// The storage has lost power since deaths were judged.
     power_lost: bool,
+    /// See [`Oracle::doubt_data`].
+    doubtful: bool,
 }
 
 /// How many steps the searches of one judgement may take.
@@ -139,7 +141,15 @@ impl Oracle {
             opens: BTreeMap::new(),
             shaky: false,
             power_lost: false,
+            doubtful: false,
         }
+    }
+
+    /// Whether the data device shows something, from now on, that no flush will make
+    /// durable: one that covered it has failed. What a mount shows otherwise stays, as
+    /// the data of the dead is flushed before anybody sees it.
+    pub fn doubt_data(&mut self, doubtful: bool) {
+        self.doubtful = doubtful;
     }
 
     /// A state in which the calls so far may have left everything.
@@ -276,7 +286,12 @@ impl Oracle {
         if verdict.is_none() {
             self.unjudged += 1;
         }
-        self.unsettled = verdict.unwrap_or(Ok(Unsettled::default()))?;
+        let shown = verdict.unwrap_or(Ok(Unsettled::default()))?;
+        self.unsettled = if self.doubtful {
+            shown
+        } else {
+            Unsettled::default()
+        };
         self.lost = false;
         self.chain = Chain::new(observed.clone());
         Ok(())

@@ -34,8 +34,7 @@ pub(super) fn judge(
                 Nth::NoMore => continue,
                 Nth::GaveUp => return None,
             }
-            let mut cut = Cut::new(chain, window, observed, steps);
-            cut.unsettled = (window == 0).then_some(unsettled);
+            let mut cut = Cut::new(chain, window, (observed, unsettled), steps);
             if cut.step(chain.state(window, number)) {
                 return Some(Ok(cut.shown()));
             }
@@ -47,7 +46,7 @@ pub(super) fn judge(
             break;
         }
     }
-    let text = explain(chain, oldest..=last, observed);
+    let text = explain(chain, oldest..=last, (observed, unsettled));
     Some(Err(Violation {
         kind: "durability",
         text,
@@ -55,11 +54,15 @@ pub(super) fn judge(
 }
 
 /// The prefix that is nearest to what was recovered, in words.
-fn explain(chain: &Chain, windows: std::ops::RangeInclusive<usize>, observed: &Model) -> String {
+fn explain(
+    chain: &Chain,
+    windows: std::ops::RangeInclusive<usize>,
+    seen: (&Model, &Unsettled),
+) -> String {
     let mut nearest: Option<Near> = None;
     for window in windows.rev() {
         let mut steps = 2000;
-        let mut cut = Cut::new(chain, window, observed, &mut steps);
+        let mut cut = Cut::new(chain, window, seen, &mut steps);
         cut.measuring = true;
         cut.step(chain.state(window, 0));
         let nearer = |new: &Near| nearest.as_ref().is_none_or(|old| new.key() < old.key());
@@ -96,6 +99,8 @@ struct Cut<'a> {
     done: Vec<bool>,
     /// Digest of `done`.
     marks: u64,
+    /// Calls of earlier windows that have happened.
+    earlier: Vec<&'a Call>,
     /// Calls of later windows.
     later: Vec<&'a Call>,
     observed: &'a Model,
@@ -106,21 +111,30 @@ struct Cut<'a> {
     gave_up: bool,
     measuring: bool,
     nearest: Option<Near>,
-    /// What was not durable at the crash before, in the first window after it.
-    unsettled: Option<&'a Unsettled>,
+    /// What was not durable at the crash before.
+    unsettled: &'a Unsettled,
     /// The state that was found.
     found: Option<Model>,
 }
 
 impl<'a> Cut<'a> {
-    fn new(chain: &'a Chain, window: usize, observed: &'a Model, steps: &'a mut u64) -> Self {
+    fn new(
+        chain: &'a Chain,
+        window: usize,
+        (observed, unsettled): (&'a Model, &'a Unsettled),
+        steps: &'a mut u64,
+    ) -> Self {
         let records: Vec<&Record> = chain
             .records(window)
             .iter()
             .filter(|record| record.has_effect() && !is_nameless(record))
             .collect();
-        let later = (window + 1..chain.len())
-            .flat_map(|window| chain.records(window))
+        let of = |windows: std::ops::Range<usize>| windows.flat_map(|window| chain.records(window));
+        let earlier = of(0..window)
+            .filter(|record| record.has_effect() && !record.is_uncertain())
+            .map(|record| &record.call)
+            .collect();
+        let later = of(window + 1..chain.len())
             .map(|record| &record.call)
             .collect();
         let named: HashSet<Ino> = (0..=window)
@@ -136,6 +150,7 @@ impl<'a> Cut<'a> {
             done: vec![false; records.len()],
             records,
             marks: 0,
+            earlier,
             later,
             observed,
             strangers: observed
@@ -149,7 +164,7 @@ impl<'a> Cut<'a> {
             gave_up: false,
             measuring: false,
             nearest: None,
-            unsettled: None,
+            unsettled,
             found: None,
         }
     }
@@ -259,23 +274,23 @@ impl<'a> Cut<'a> {
         });
         Later::new(calls)
             .with_cut_short(cut_short)
-            .with_unsettled(self.still_unsettled())
+            .with_unsettled(self.unsettled, self.written())
     }
 
-    /// A commit flushes: so only while nothing has been committed.
-    fn still_unsettled(&self) -> Option<&'a Unsettled> {
-        self.unsettled.filter(|_| !self.done.contains(&true))
+    /// The calls that are in the state.
+    fn written(&self) -> Vec<&'a Call> {
+        let done = (0..self.records.len()).filter(|index| self.done[*index]);
+        let done = done.map(|index| &self.records[index].call);
+        self.earlier.iter().copied().chain(done).collect()
     }
 
-    /// What was recovered without being durable.
+    /// What was recovered without being of the state.
     fn shown(&self) -> Unsettled {
         let state = self.found.as_ref().expect("a state was found");
         let left_out = self.left_out().map(|index| &self.records[index].call);
         let calls: Vec<&Call> = left_out.chain(self.later.iter().copied()).collect();
         let mut shown = Unsettled::new(state, self.observed, &calls);
-        if let Some(earlier) = self.still_unsettled() {
-            shown.add(earlier.clone());
-        }
+        shown.add(self.unsettled.clone().left(&self.written()));
         shown
     }
 

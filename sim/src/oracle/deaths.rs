@@ -249,9 +249,13 @@ impl<'a, 'b> Search<'a, 'b> {
     fn later(&self) -> Later<'a> {
         let left_out = self.open().map(|index| &self.items[index].record.call);
         let calls: Vec<&'a Call> = left_out.chain(self.lost.iter().copied()).collect();
-        Later::new(calls)
-            .with_unsettled(self.unsettled)
-            .with_cut_short(self.cut_short.iter().copied())
+        let later = Later::new(calls).with_cut_short(self.cut_short.iter().copied());
+        let Some(unsettled) = self.unsettled else {
+            return later;
+        };
+        let done = (0..self.items.len()).filter(|index| self.done[*index]);
+        let written = done.map(|index| &self.items[index].record.call);
+        later.with_unsettled(unsettled, written.collect())
     }
 
     fn compare(&mut self, state: &Model) -> Option<Model> {
@@ -355,7 +359,14 @@ impl Oracle {
             .filter(|r| !lives(r) && r.call.changes_data_of().is_some())
             .map(|r| r.call.clone())
             .collect();
-        let earlier = std::mem::take(&mut self.unsettled);
+        let promised: Vec<Call> = current
+            .iter()
+            .chain(self.chain.records_mut().map(|record| &*record))
+            .filter(|r| r.is_promised() && r.call.changes_data_of().is_some())
+            .map(|r| r.call.clone())
+            .collect();
+        let promised: Vec<&Call> = promised.iter().collect();
+        let earlier = std::mem::take(&mut self.unsettled).left(&promised);
         let gone = std::mem::take(&mut self.power_lost).then_some(&earlier);
         let mut left = self.budget;
         let verdict = if self.lost {
@@ -372,11 +383,13 @@ impl Oracle {
         self.steps += self.budget - left;
         let state = match verdict {
             Some(Ok(state)) => {
-                // What a dead mount has written in place is seen, and nobody need flush it.
-                let calls: Vec<&Call> = written.iter().collect();
-                self.unsettled = Unsettled::new(&state, observed, &calls);
-                if gone.is_none() {
-                    self.unsettled.add(earlier);
+                // What a dead mount has written in place is seen.
+                if self.doubtful {
+                    let calls: Vec<&Call> = written.iter().collect();
+                    self.unsettled = Unsettled::new(&state, observed, &calls);
+                    if gone.is_none() {
+                        self.unsettled.add(earlier);
+                    }
                 }
                 *state
             }

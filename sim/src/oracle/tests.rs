@@ -589,7 +589,7 @@ fn after_a_search_was_given_up_nothing_is_judged_until_the_state_is_seen() {
 }
 
 #[test]
-fn contents_that_were_shown_before_a_commit_flushed_them_may_be_taken_back() {
+fn what_was_shown_stays_unless_a_flush_of_it_has_failed() {
     let [first, second] = file();
     let with_page = |tag| {
         let over = (write(1024, 0, 4096, tag), Reply::Number(4096));
@@ -601,7 +601,7 @@ fn contents_that_were_shown_before_a_commit_flushed_them_may_be_taken_back() {
     };
     let old = state_after(&[first.clone(), second.clone()]);
     // Two writes in place, neither committed; the mount after the crash shows one.
-    let shown = || {
+    let shown = |doubtful| {
         let mut o = with_file();
         for tag in [2, 3] {
             run(
@@ -612,32 +612,83 @@ fn contents_that_were_shown_before_a_commit_flushed_them_may_be_taken_back() {
                 20,
             );
         }
+        o.doubt_data(doubtful);
         o.recovered(&with_page(3)).unwrap();
         o
     };
+    shown(false).recovered(&with_page(3)).unwrap();
+    refused(&mut shown(false), &old);
+    refused(&mut shown(false), &with_page(2));
     for state in [&old, &with_page(2), &with_page(3)] {
-        shown().recovered(state).unwrap();
+        shown(true).recovered(state).unwrap();
     }
-    refused(&mut shown(), &with_page(4));
+    refused(&mut shown(true), &with_page(4));
     // Over several crashes, too.
-    let mut o = shown();
+    let mut o = shown(true);
     o.recovered(&with_page(2)).unwrap();
     o.recovered(&with_page(3)).unwrap();
     o.recovered(&old).unwrap();
-    // But not once something has been committed.
-    let committed = || {
-        let mut o = shown();
+    // Whatever else is committed; but not once it is written again.
+    let committed = |block: u64| {
+        let mut o = shown(true);
         let mode = attr(1024, 0o600, 16384, 4);
         run(&mut o, chmod(1024, 0o600), mode, 30, 40);
-        run(&mut o, Call::Syncfs, Reply::Done, 50, 60);
+        let call = write(1024, block * 4096, 10, 5);
+        run(&mut o, call, Reply::Number(10), 50, 60);
+        run(&mut o, Call::Syncfs, Reply::Done, 70, 80);
         o
     };
-    let with_mode = |mut state: Model| {
+    let after = |mut state: Model, block: u64| {
         state.get_mut(1024).mode = S_IFREG | 0o600;
-        state
+        let call = write(1024, block * 4096, 10, 5);
+        let mut next = state.apply(&call, &Reply::Number(10), &cx(50, 60));
+        next.remove(0)
     };
-    committed().recovered(&with_mode(with_page(3))).unwrap();
-    refused(&mut committed(), &with_mode(old.clone()));
+    for state in [&old, &with_page(2), &with_page(3)] {
+        committed(1).recovered(&after(state.clone(), 1)).unwrap();
+    }
+    refused(&mut committed(1), &after(with_page(4), 1));
+    committed(0).recovered(&after(with_page(3), 0)).unwrap();
+    refused(&mut committed(0), &after(old.clone(), 0));
+    refused(&mut committed(0), &after(with_page(2), 0));
+}
+
+#[test]
+fn who_is_cut_off_may_have_shown_a_write_that_then_failed_to_be_committed() {
+    let start = |sync: bool| {
+        let mut o = oracle();
+        run(&mut o, create("a"), made(1024), 10, 20);
+        let mut severed = cx(30, 60);
+        severed.tolerance.link = true;
+        let call = Call::Write {
+            ino: 1024,
+            offset: 0,
+            len: 5000,
+            tag: 1,
+            append: false,
+            sync,
+        };
+        let number = o.begin(call, severed);
+        let seek = Call::Seek {
+            ino: 1024,
+            offset: 4112,
+            hole: true,
+        };
+        run(&mut o, seek, Reply::Number(5000), 40, 50);
+        o.end(number, Reply::Err(Errno::ENOLINK), severed);
+        o
+    };
+    start(true).quiet().unwrap();
+    assert_eq!(start(false).quiet().unwrap_err().kind, "answers");
+    // What came before was committed; the write may be or not, but nothing else.
+    let empty = state_after(&[(create("a"), made(1024))]);
+    let wrote = (write(1024, 0, 5000, 1), Reply::Number(5000));
+    let full = state_after(&[(create("a"), made(1024)), wrote]);
+    start(true).recovered(&empty).unwrap();
+    start(true).recovered(&full).unwrap();
+    let other = (write(1024, 0, 5000, 2), Reply::Number(5000));
+    let other = state_after(&[(create("a"), made(1024)), other]);
+    refused(&mut start(true), &other);
 }
 
 /// One call of a mount, all of it after what came before.
