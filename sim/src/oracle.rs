@@ -19,6 +19,7 @@ mod chain;
 mod cut;
 mod deaths;
 mod explain;
+mod parts;
 mod search;
 
 use crate::model::recover::Unsettled;
@@ -266,7 +267,7 @@ impl Oracle {
 
     fn close_window(&mut self) {
         let mut records = std::mem::take(&mut self.current);
-        mark_weak(&mut records);
+        mark_weak(&mut records, &BTreeMap::new());
         self.chain.push(records);
     }
 
@@ -298,8 +299,13 @@ impl Oracle {
     }
 }
 
-/// Marks readers that ran while the same object changed in several steps.
-fn mark_weak(records: &mut [Record]) {
+/// Marks readers that ran while the same object changed in several steps. Who is `dead`
+/// since some moment changes nothing after it.
+fn mark_weak(records: &mut [Record], dead: &BTreeMap<u32, u64>) {
+    let over = |record: &Record| {
+        let death = dead.get(&record.cx.seat).copied();
+        record.end().min(death.unwrap_or(u64::MAX))
+    };
     for reader in 0..records.len() {
         let subject = match &records[reader].call {
             call if !call.is_read_only() && !matches!(call, Call::Open { .. }) => {
@@ -321,7 +327,7 @@ fn mark_weak(records: &mut [Record]) {
         let overlapped = records.iter().enumerate().any(|(index, other)| {
             index != reader
                 && other.began <= end
-                && other.end() >= start
+                && over(other) >= start
                 && (other.call.changes_data_of() == Some(subject)
                     || (listing && other.call.changes_entries_of().contains(&Some(subject))))
         });

@@ -7,12 +7,13 @@
 //! may be there in part.
 
 use super::chain::{Chain, Nth};
+use super::parts::part;
 use super::search::mark_of;
 use super::{Record, Violation};
 use crate::model::recover::{Later, Unsettled};
-use crate::model::{BLOCK, Call, Inode, Model, Reply};
+use crate::model::{Call, Model, Reply};
 use outrider_core::env::HashSet;
-use outrider_core::fs::api::{Ino, SetAttr};
+use outrider_core::fs::api::Ino;
 
 /// Judges what was recovered; gives what of it is not durable. `None` if the
 /// search was given up. `unsettled` is what was not durable at the crash before.
@@ -360,71 +361,4 @@ pub(super) fn is_making(call: &Call) -> bool {
         call,
         Call::Mknod { .. } | Call::Mkdir { .. } | Call::Symlink { .. } | Call::Create { .. }
     )
-}
-
-/// What the earlier ones of a call's transactions did, if what was observed shows
-/// that they, and not all, are there.
-pub(super) fn part(call: &Call, state: &Model, observed: &Model) -> Option<Call> {
-    let ino = call.changes_data_of()?;
-    let (file, seen) = (state.get(ino)?, observed.get(ino)?);
-    if !file.is_file() {
-        return None;
-    }
-    let grown = (seen.size > file.size).then_some(seen.size);
-    match call {
-        Call::Write { .. } => part_of_write(call, file, seen, grown),
-        Call::Fallocate {
-            keep: false,
-            offset,
-            len,
-            ..
-        } => {
-            let end = grown.filter(|end| (offset + 1..offset + len).contains(end))?;
-            Some(Call::Fallocate {
-                ino,
-                keep: false,
-                offset: *offset,
-                len: end - offset,
-            })
-        }
-        // The size comes first, everything else last (spec 14 section 11).
-        Call::Setattr { set, .. } => {
-            let set = SetAttr {
-                size: set.size,
-                ..SetAttr::default()
-            };
-            Some(Call::Setattr { ino, set })
-        }
-        _ => None,
-    }
-}
-
-fn part_of_write(call: &Call, file: &Inode, seen: &Inode, grown: Option<u64>) -> Option<Call> {
-    let Call::Write {
-        ino,
-        offset,
-        len,
-        tag,
-        append,
-        sync,
-    } = call
-    else {
-        return None;
-    };
-    let offset = if *append { file.size } else { *offset };
-    let end = offset + u64::from(*len);
-    let filled = (offset / BLOCK..end.div_ceil(BLOCK))
-        .rev()
-        .find(|block| seen.blocks.contains_key(block) && !file.blocks.contains_key(block));
-    // As little as shows: more of it may be there as a later write in place.
-    let shown = filled.unwrap_or(offset / BLOCK);
-    let stop = grown.unwrap_or((shown + 1) * BLOCK);
-    (offset + 1..end).contains(&stop).then(|| Call::Write {
-        ino: *ino,
-        offset,
-        len: (stop - offset) as u32,
-        tag: *tag,
-        append: false,
-        sync: *sync,
-    })
 }
