@@ -399,7 +399,7 @@ const CONFIG_CHANGES: [fn(&mut Config); 9] = [
     |config| config.format_version = 2,
 ];
 
-const STRESS_CHANGES: [fn(&mut Stress); 9] = [
+const STRESS_CHANGES: [fn(&mut Stress); 10] = [
     |stress| stress.btree_space = 0,
     |stress| stress.idle_locks = 0,
     |stress| stress.inodes_per_lock = 0,
@@ -409,6 +409,7 @@ const STRESS_CHANGES: [fn(&mut Stress); 9] = [
     |stress| stress.finalize_height = 0,
     |stress| stress.merge_blocks = 0,
     |stress| (stress.slow_reads, stress.slow_by) = (0, 0),
+    |stress| stress.held = None,
 ];
 
 /// A life's end that is easier to understand.

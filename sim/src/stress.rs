@@ -48,12 +48,14 @@ pub enum Theme {
     Severed,
     /// Reads that overlap commits.
     Late,
+    /// Reads that are held up while what they are about is deleted and merged.
+    Outrun,
     /// Reads of blocks that are used again meanwhile.
     Reuse,
 }
 
 /// Themes with their weights; the rest of a thousand has none.
-const THEMES: [(Theme, u64); 10] = [
+const THEMES: [(Theme, u64); 11] = [
     (Theme::Mixed, 220),
     (Theme::Torn, 60),
     (Theme::Flaky, 60),
@@ -64,6 +66,8 @@ const THEMES: [(Theme, u64); 10] = [
     (Theme::Severed, 60),
     (Theme::Late, 90),
     (Theme::Reuse, 130),
+    // The last one: the seeds of the others keep theirs.
+    (Theme::Outrun, 60),
 ];
 
 impl Theme {
@@ -78,6 +82,18 @@ impl Theme {
         }
         None
     }
+}
+
+/// A place of core where tasks are held up now and then: as if a thread were not
+/// scheduled, or the last block it waits for came late.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Name of the yield point.
+    pub point: String,
+    /// Chance of a hold-up, in thousandths.
+    pub permille: u16,
+    /// How long, in nanoseconds at most.
+    pub by: u64,
 }
 
 /// Sizes and delays beyond the usual ones. The default changes nothing.
@@ -122,6 +138,8 @@ pub struct Stress {
     pub slow_reads: u16,
     /// ... and how slow, in nanoseconds at most.
     pub slow_by: u64,
+    /// Where tasks are held up.
+    pub held: Option<Held>,
 }
 
 impl Stress {
@@ -157,6 +175,7 @@ impl Stress {
             slow_reads: if slow { rng.pick(&[20, 100, 300]) } else { 0 },
             slow_by: rng.pick(&[5_000_000, 50_000_000, 1_000_000_000]),
             merge_blocks: some(500, rng.pick(&[16, 24])) as u8,
+            held: None,
         };
         if stress.slow_reads == 300 {
             // Nothing would end in time otherwise.
@@ -231,6 +250,16 @@ impl Stress {
                 slow_reads: late.0,
                 slow_by: late.1,
                 merge_always: rng.chance(600),
+                ..usual
+            },
+            Theme::Outrun => Self {
+                merge_always: true,
+                item_bytes: rng.pick(&[2048, 4096, 8192]),
+                held: Some(Held {
+                    point: "log.read_in".into(),
+                    permille: rng.pick(&[20, 50, 100]),
+                    by: rng.pick(&[5, 20]) * 1_000_000_000,
+                }),
                 ..usual
             },
             Theme::Reuse => Self {

@@ -15,6 +15,7 @@ mod said;
 
 use crate::model::wall_time;
 use crate::rng::Stream;
+use crate::stress::Held;
 use crate::trace::Trace;
 use crate::world::invariants::{self, Watched};
 use madsim::task::AbortHandle;
@@ -51,6 +52,7 @@ pub struct Sim {
     poll_limit: Cell<u64>,
     poll_cost: Cell<u64>,
     yield_permille: Cell<u64>,
+    held: RefCell<Option<Held>>,
     /// Mounts whose invariants are looked at.
     watched: RefCell<Vec<Watched>>,
     /// Every task that has not ended.
@@ -92,6 +94,7 @@ impl Sim {
             poll_limit: Cell::new(8_000_000),
             poll_cost: Cell::new(100),
             yield_permille: Cell::new(200),
+            held: RefCell::default(),
             watched: RefCell::default(),
             tasks: RefCell::default(),
             driver: RefCell::default(),
@@ -116,6 +119,25 @@ impl Sim {
     /// Sets how often a yield point yields, in thousandths.
     pub fn set_yield(&self, permille: u64) {
         self.yield_permille.set(permille);
+    }
+
+    /// Sets where tasks are held up.
+    pub fn set_held(&self, held: Option<Held>) {
+        *self.held.borrow_mut() = held;
+    }
+
+    /// How long a task is held up that has come to a yield point.
+    fn hold(&self, point: &str) -> Option<u64> {
+        let held = self.held.borrow();
+        let held = held.as_ref().filter(|held| held.point == point)?;
+        let by = self.rng.chance(u64::from(held.permille));
+        let by = by.then(|| self.rng.below(held.by))?;
+        self.note_delay(by);
+        let (now, node) = (self.now(), self.running_node());
+        self.trace.event(now, node, "held", &[by], || {
+            format!("{point} for {} ms", by / 1_000_000)
+        });
+        Some(by)
     }
 
     /// Sets how long one poll of a task takes, in nanoseconds.
@@ -647,8 +669,11 @@ impl Spawner for SimSpawner {
         );
     }
 
-    fn yield_point(&self, _name: &'static str) -> LocalBoxFuture<'static, ()> {
+    fn yield_point(&self, name: &'static str) -> LocalBoxFuture<'static, ()> {
         let sim = &self.host.sim;
+        if let Some(by) = sim.hold(name) {
+            return Box::pin(sim.sleep(by));
+        }
         if !sim.rng.chance(sim.yield_permille.get()) {
             return Box::pin(std::future::ready(()));
         }

@@ -59,6 +59,7 @@ fn play(theme: Theme, rng: &Stream, lives: &mut Vec<LifePlan>) {
             Theme::Merging => merging(rng),
             Theme::Severed => severed(rng),
             Theme::Late => late(rng),
+            Theme::Outrun => outrun(rng),
             Theme::Reuse => reuse(rng),
         };
         lives.splice(at..at, act);
@@ -425,6 +426,76 @@ fn late(rng: &Stream) -> Vec<LifePlan> {
         tasks.push((0..16).map(write).collect());
         tasks.push((0..6).map(write).collect());
         windows.push(window(tasks, rng.chance(300), rng.chance(300)));
+    }
+    vec![life(windows, Vec::new(), End::Unmount)]
+}
+
+/// Few objects that many read, again and again, while each is removed, committed
+/// and merged: a reader that is held up meanwhile has seen what is nowhere any more.
+fn outrun(rng: &Stream) -> Vec<LifePlan> {
+    let count = rng.pick(&[4u8, 8]);
+    let attribute = |_| PlanOp::Setxattr {
+        obj: any(rng),
+        name: rng.below(3) as u8,
+        len: 100,
+        how: 0,
+    };
+    let name = || BURST_NAMES + rng.below(u64::from(count)) as u8;
+    let read = |_| {
+        // The root's attributes are beside its entries, and nobody who removes one
+        // waits for who reads them.
+        let obj = rng.pick(&[0, any(rng)]);
+        let xattr = |_| PlanOp::Getxattr {
+            obj,
+            name: rng.below(3) as u8,
+        };
+        let first = match rng.below(3) {
+            0 => xattr(0),
+            _ => PlanOp::Getattr { obj },
+        };
+        // What has been read in is looked at before it leaves the cache.
+        let look = match obj {
+            0 => PlanOp::Readdir {
+                dir: 0,
+                plus: false,
+            },
+            _ => PlanOp::Listxattr { obj },
+        };
+        let lookup = PlanOp::Lookup {
+            dir: 0,
+            name: name(),
+        };
+        let wait = pause(rng.pick(&[1_000, 50_000, 300_000]));
+        [first, look, xattr(0), lookup, wait]
+    };
+    let remove = |_| {
+        let mut ops = vec![match rng.below(3) {
+            0 => PlanOp::Removexattr {
+                obj: any(rng),
+                name: rng.below(3) as u8,
+            },
+            _ => PlanOp::Unlink {
+                dir: 0,
+                name: name(),
+            },
+        }];
+        // A commit, one that lets its tree be merged, and time for the merge.
+        let sync = PlanOp::Syncfs;
+        ops.extend([
+            sync.clone(),
+            attribute(0),
+            sync,
+            pause(rng.pick(&[1_000_000, 5_000_000])),
+        ]);
+        ops
+    };
+    let mut windows = Vec::new();
+    for _ in 0..3 {
+        let made = (0..count).map(create).chain((0..count).map(attribute));
+        windows.push(window(vec![made.collect()], true, false));
+        let mut tasks: Vec<Vec<PlanOp>> = (0..4).map(|_| (0..8).flat_map(read).collect()).collect();
+        tasks.push((0..4).flat_map(remove).collect());
+        windows.push(window(tasks, false, true));
     }
     vec![life(windows, Vec::new(), End::Unmount)]
 }

@@ -219,6 +219,7 @@ impl<S: System> World<S> {
 async fn world<S: System>(plan: Plan, sink: Option<Sink>) -> Outcome {
     let sim = Sim::new(plan.seed, Trace::new(sink));
     sim.set_yield(u64::from(plan.config.yield_permille));
+    sim.set_held(plan.config.stress.held.clone());
     sim.set_poll_cost(u64::from(plan.config.poll_cost));
     let probes: Rc<RefCell<BTreeMap<&'static str, u64>>> = Rc::default();
     let (counted, tracing) = (Rc::clone(&probes), Rc::downgrade(&sim));
