@@ -69,6 +69,9 @@ pub struct Landed<'a> {
 
 type Watch = Rc<dyn Fn(&Landed<'_>)>;
 
+/// A write that a living mount asks for, by its seat; where, on which device.
+type Asked = Rc<dyn Fn(u32, DeviceRole, u64)>;
+
 /// What the devices know about the machines that use them.
 ///
 /// The volatile cache belongs to the storage, which all machines share: the end
@@ -86,6 +89,7 @@ struct Machines {
     /// Machines that stand still: their requests end when they go on.
     frozen: RefCell<BTreeMap<u32, Vec<End>>>,
     watch: RefCell<Option<Watch>>,
+    asked: RefCell<Option<Asked>>,
 }
 
 impl Machines {
@@ -198,6 +202,7 @@ impl Disks {
         self.clear_trap();
         self.machines.traps.take();
         self.machines.watch.take();
+        self.machines.asked.take();
         // Requests of machines that stand still own the devices.
         let parked = self.machines.frozen.take();
         drop(parked);
@@ -280,6 +285,12 @@ impl Disks {
     /// Tells `watch` of every write that reaches a medium.
     pub fn set_watch(&self, watch: impl Fn(&Landed<'_>) + 'static) {
         *self.machines.watch.borrow_mut() = Some(Rc::new(watch));
+    }
+
+    /// Tells `asked` of every write of a living mount when it is handed over, also of
+    /// one that is refused.
+    pub fn set_asked(&self, asked: impl Fn(u32, DeviceRole, u64) + 'static) {
+        *self.machines.asked.borrow_mut() = Some(Rc::new(asked));
     }
 
     /// What is on a device now.
@@ -626,6 +637,10 @@ impl BlockDevice for Handle {
         flags: WriteFlags,
     ) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
         let len = bufs.iter().map(|buf| buf.len() as u64).sum();
+        let asked = self.disk.machines.asked.borrow().clone();
+        if let Some(asked) = asked.filter(|_| self.life.is_alive()) {
+            asked(self.life.seat(), self.disk.role, offset);
+        }
         if let Err(error) = self.check("write", offset, len) {
             return Box::pin(std::future::ready(Err(error)));
         }

@@ -335,7 +335,7 @@ pub(super) fn draw(seed: u64, config: &Config, mix: &Mix) -> ClusterPlan {
     for number in members..count {
         core |= u16::from(rng.chance(500)) << number;
     }
-    ClusterPlan {
+    let mut plan = ClusterPlan {
         nodes,
         heartbeat_ms: rng.pick(&[2_000, 3_000, 10_000]),
         keepalive_ms: rng.pick(&[3_000, 10_000, 24_000]),
@@ -353,6 +353,32 @@ pub(super) fn draw(seed: u64, config: &Config, mix: &Mix) -> ClusterPlan {
         core,
         broken: rng.pick(&[Broken::Dead, Broken::Dark, Broken::Alone, Broken::Still]),
         core_round: cx.work(16, true),
+    };
+    strike(seed, &mut plan);
+    plan
+}
+
+/// In some worlds mounts stand still for long and are declared dead meanwhile, by
+/// agents that leave them alive: they go on writing when they wake up, or find out.
+fn strike(seed: u64, plan: &mut ClusterPlan) {
+    // A stream of its own: other seeds keep their plans.
+    let rng = Stream::new(seed, "strike", 0);
+    if !rng.chance(60) {
+        return;
+    }
+    plan.agents = rng.pick(&[Agents::Bar, Agents::Lie]);
+    plan.heartbeat_ms = 2_000;
+    plan.keepalive_ms = 3_000;
+    plan.recovery_ms = 5_000;
+    plan.reconnect_ms = 2_000;
+    for round in &mut plan.rounds {
+        let from = rng.below(2 * SECOND);
+        round.troubles.push(Trouble::Pause {
+            node: rng.below(plan.nodes.len() as u64) as u8,
+            part: rng.pick(&[Part::Machine, Part::Process, Part::Process]),
+            from,
+            until: from + 15 * SECOND + rng.below(25 * SECOND),
+        });
     }
 }
 

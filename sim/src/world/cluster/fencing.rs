@@ -94,6 +94,11 @@ impl<S: System> Cluster<S> {
             .cloned()
     }
 
+    /// The mount of a seat.
+    pub(super) fn fate_at(&self, seat: u32) -> Option<Rc<Fate>> {
+        self.fates.borrow().get(seat as usize - 1).cloned()
+    }
+
     /// Makes sure that a mount can not write any more, or says so.
     fn make_dead(&self, rid: u64, manner: Agents) {
         let Some(fate) = self.fate_of(rid) else {

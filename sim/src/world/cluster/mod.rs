@@ -81,6 +81,8 @@ pub(super) struct Cluster<S: System> {
     asked: Cell<u32>,
     /// Mounts that an agent said were dead, when, and whether that was a lie.
     acked: RefCell<BTreeMap<u32, (u64, bool)>>,
+    /// Mounts that live on though the volume does not list them, and since when.
+    unlisted: RefCell<BTreeMap<u32, u64>>,
     /// Cuts in force, by direction.
     cuts: RefCell<BTreeMap<(Ipv4Addr, Ipv4Addr), u32>>,
     /// Nobody mounts while the devices are being checked.
@@ -126,6 +128,7 @@ pub(super) async fn world<S: System>(
         deaths: RefCell::default(),
         asked: Cell::new(0),
         acked: RefCell::default(),
+        unlisted: RefCell::default(),
         cuts: RefCell::default(),
         checking: Cell::new(false),
         checked: Signal::default(),
@@ -417,15 +420,19 @@ impl<S: System> Cluster<S> {
         spawn(&self.sim, &Life::new(), Box::pin(check));
     }
 
-    async fn check(&self, clean: bool) -> Result<(), Violation> {
-        let host = Host {
+    /// A host outside of the cluster.
+    fn observer(&self) -> Host {
+        Host {
             sim: Rc::clone(&self.sim),
             node: Node::new(200, 0, 0),
             life: Life::new(),
             net: Rc::clone(&self.net),
             disks: Rc::clone(&self.disks),
-        };
-        let result = S::check(&host, &self.volume, clean).await;
+        }
+    }
+
+    async fn check(&self, clean: bool) -> Result<(), Violation> {
+        let result = S::check(&self.observer(), &self.volume, clean).await;
         let args = [u64::from(clean), u64::from(result.is_ok())];
         self.note(0, "check", &args, || format!("{result:?}"));
         result.map_err(|text| violation("check", text))

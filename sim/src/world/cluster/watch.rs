@@ -1,12 +1,21 @@
 //! What the simulator sees and no node does: who writes where and when (spec 09
-//! section 14). Which locks all mounts together have is looked at in
+//! section 14), and whether a mount goes on writing after the volume has struck it from
+//! its list (`outrider_core::guard`), whatever an agent said. Which locks all mounts together have is looked at in
 //! [`crate::world::invariants`].
 
 use super::{Cluster, System};
 use crate::backend::disk::Landed;
-use outrider_core::env::DeviceRole;
-use outrider_core::format::{QUORUM_BLKNO, QUORUM_MAX_SLOTS, SUPER_BLKNO};
+use crate::disk_model::Medium;
+use outrider_core::client::Locator;
+use outrider_core::env::{
+    AlignedBuf, BlockDevice, DeviceError, DeviceRole, IoBuf, LocalBoxFuture, WriteFlags,
+};
+use outrider_core::format::{QUORUM_BLKNO, QUORUM_MAX_SLOTS, SUPER_BLKNO, SuperBlock};
+use outrider_core::server::Policy;
+use std::future::Future;
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
 
 /// The kind of verdict that is the fault of an agent outside.
 pub(super) const LIED: &str = "lying fence agent";
@@ -20,6 +29,48 @@ pub(super) fn install<S: System>(world: &Rc<Cluster<S>>) {
             world.landed(landed);
         }
     });
+    let weak = Rc::downgrade(world);
+    world.disks.set_asked(move |seat, role, offset| {
+        if let Some(world) = weak.upgrade() {
+            world.asked_to_write(seat, role, offset);
+        }
+    });
+}
+
+fn is_quorum_block(role: DeviceRole, offset: u64) -> bool {
+    let slots = QUORUM_BLKNO..QUORUM_BLKNO + QUORUM_MAX_SLOTS as u64;
+    role == DeviceRole::Meta && slots.contains(&(offset / SMALL_BLOCK))
+}
+
+/// What was on a device at one moment. Reads take no time and meet no fault.
+struct Still(Medium);
+
+impl BlockDevice for Still {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read(
+        &self,
+        offset: u64,
+        mut buf: AlignedBuf,
+    ) -> LocalBoxFuture<'static, (AlignedBuf, Result<(), DeviceError>)> {
+        self.0.read(offset, &mut buf);
+        Box::pin(std::future::ready((buf, Ok(()))))
+    }
+
+    fn write(
+        &self,
+        _offset: u64,
+        _bufs: Vec<IoBuf>,
+        _flags: WriteFlags,
+    ) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
+        unreachable!("a look writes nothing")
+    }
+
+    fn flush(&self) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
+        unreachable!("a look writes nothing")
+    }
 }
 
 /// The seq of a block's header (spec 01 section 2): of a super block one more with each
@@ -52,12 +103,80 @@ impl<S: System> Cluster<S> {
         let block = landed.offset / SMALL_BLOCK;
         if block == SUPER_BLKNO {
             self.super_landed(landed);
+            self.look_for_unlisted(landed.bufs);
         }
-        let slots = QUORUM_BLKNO..QUORUM_BLKNO + QUORUM_MAX_SLOTS as u64;
-        if slots.contains(&block) && block - QUORUM_BLKNO != u64::from(landed.node) {
+        if is_quorum_block(landed.role, landed.offset)
+            && block - QUORUM_BLKNO != u64::from(landed.node)
+        {
             let slot = block - QUORUM_BLKNO;
             let text = format!("node {} wrote the quorum block of slot {slot}", landed.node);
             self.condemn("quorum", text);
+        }
+    }
+
+    /// Looks which of the mounts that were declared dead, and live, the volume does not
+    /// list any more.
+    fn look_for_unlisted(&self, sup: &[IoBuf]) {
+        let seats = self.acked.borrow().keys().copied().collect::<Vec<_>>();
+        for seat in seats {
+            let fate = self.fate_at(seat);
+            let Some(fate) = fate.filter(|fate| !fate.is_dead()) else {
+                continue;
+            };
+            if self.unlisted.borrow().contains_key(&seat) {
+                continue;
+            }
+            let rid = fate.host.life.rid();
+            if self.lists(sup, rid) == Some(false) {
+                self.unlisted.borrow_mut().insert(seat, self.sim.now());
+            }
+        }
+    }
+
+    /// Whether the volume lists a mount; `None` if that can not be seen now.
+    fn lists(&self, sup: &[IoBuf], rid: u64) -> Option<bool> {
+        let sup = SuperBlock::from_block(
+            sup.first()
+                .filter(|sup| sup.len() >= SMALL_BLOCK as usize)?,
+        );
+        let medium = self.disks.medium(DeviceRole::Meta);
+        let (fsid, version) = (sup.hdr.fsid.get(), sup.fmt_vers.get());
+        let env = self.observer().env("watch");
+        let locator = Locator::new(&env, Rc::new(Still(medium)), fsid, version);
+        let look = pin!(locator.is_mounted(rid));
+        match look.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(listed)) => Some(listed),
+            _ => None,
+        }
+    }
+
+    /// A mount hands a write to a device. A look at the volume is good for so long, and
+    /// each later write takes another; only quorum blocks are for everybody to write.
+    fn asked_to_write(&self, seat: u32, role: DeviceRole, offset: u64) {
+        let Some(since) = self.unlisted.borrow().get(&seat).copied() else {
+            return;
+        };
+        // Clocks of nodes drift by less than a twentieth.
+        let good_for = self.good_for(role) / 20 * 21;
+        let now = self.sim.now();
+        if is_quorum_block(role, offset) || now <= since + good_for {
+            return;
+        }
+        let text = format!(
+            "mount {seat} hands over a write at {offset:#x} of {role:?}, {} ms after the volume \
+             did not list it any more",
+            (now - since) / 1_000_000
+        );
+        self.condemn("unchecked write", text);
+    }
+
+    /// How long a look at the volume is good for, in nanoseconds. Data are written by
+    /// mounts only, metadata by servers, too, whose looks are good for longer.
+    fn good_for(&self, role: DeviceRole) -> u64 {
+        let server = Policy::default().write_check.as_nanos() as u64;
+        match role {
+            DeviceRole::Meta => server,
+            DeviceRole::Data => server.min(u64::from(self.cluster().heartbeat_ms) * 1_000_000 / 2),
         }
     }
 
