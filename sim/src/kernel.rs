@@ -116,7 +116,7 @@ pub struct Caches {
 impl Caches {
     /// Empty caches; `enabled` and `locking` as in the plan's configuration.
     pub fn new(sim: &Rc<Sim>, node: u32, life: u64, enabled: bool, locking: bool) -> Rc<Self> {
-        Rc::new(Self {
+        let caches = Rc::new(Self {
             sim: Rc::clone(sim),
             node,
             rng: Stream::new(sim.seed, "kernel", life),
@@ -128,7 +128,21 @@ impl Caches {
             unlocked: Signal::default(),
             name_epoch: Cell::new(0),
             walks: Cell::new(false),
-        })
+        });
+        sim.know_kernel(node, &caches);
+        caches
+    }
+
+    /// How much it keeps: names, attributes, pages, and inodes it has looked up.
+    pub fn counts(&self) -> [usize; 4] {
+        let maps = self.maps.borrow();
+        let pages = maps.pages.values().map(|pages| pages.pages.len()).sum();
+        [
+            maps.names.len(),
+            maps.attrs.len(),
+            pages,
+            maps.lookups.len(),
+        ]
     }
 
     /// Lets the kernel find an inode (by its handle) before it asks about it, and

@@ -15,6 +15,7 @@
 #![recursion_limit = "256"] // futures of whole lives nest deeply
 
 pub mod disk_model;
+pub mod explain;
 pub mod explore;
 pub mod model;
 pub mod oracle;

@@ -22,6 +22,21 @@ pub struct Facts {
     pub mutant: Option<String>,
     /// How to run it again.
     pub command: String,
+    /// When it became inevitable: what `outrider-sim explain --json` prints.
+    pub explain: Option<Value>,
+}
+
+#[cfg(madsim)]
+impl Facts {
+    /// What a case and its outcome say.
+    pub fn of(case: &crate::case::Case, outcome: &crate::world::Outcome) -> Self {
+        let failure = outcome.failure.as_ref();
+        Self {
+            failure: failure.map(|failure| (failure.kind.to_owned(), failure.text.clone())),
+            mutant: case.mutant.clone(),
+            ..Self::default()
+        }
+    }
 }
 
 /// The page of a run.
@@ -33,6 +48,7 @@ pub fn page(plan: &Plan, events: &[Event], facts: &Facts) -> String {
         "nodes": nodes,
         "mutant": facts.mutant,
         "command": facts.command,
+        "explain": facts.explain,
         "failure": facts.failure.as_ref().map(|(kind, text)| json!({"kind": kind, "text": text})),
         "events": events.iter().map(row).collect::<Vec<Value>>(),
     });

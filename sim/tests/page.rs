@@ -1,5 +1,5 @@
 //! The page of a run, in a real browser: Chromium opens it, runs its program, and
-//! says what it has found. Skips itself, and says so, where there is no Chromium.
+//! says what it has found, with the curve of `explain` where there is one. Skips itself, and says so, where there is no Chromium.
 #![cfg(madsim)]
 
 use outrider_sim::plan::{Plan, Profile};
@@ -19,6 +19,7 @@ fn page_of(plan: &Plan, mutant: Option<&'static str>) -> (String, usize, bool) {
             sink: Some(Box::new(move || {
                 Box::new(move |event| kept.lock().expect("one thread").push(event))
             })),
+            ..Options::default()
         },
     );
     let failure = outcome.failure.map(|f| (f.kind.to_owned(), f.text));
@@ -27,9 +28,28 @@ fn page_of(plan: &Plan, mutant: Option<&'static str>) -> (String, usize, bool) {
         failure,
         mutant: mutant.map(str::to_owned),
         command: "outrider-sim replay 0".to_owned(),
+        explain: failed.then(curve),
     };
     let events = events.lock().expect("the world has ended");
     (page(plan, &events, &facts), events.len(), failed)
+}
+
+/// What `explain` says of a run, as far as the page needs it.
+fn curve() -> serde_json::Value {
+    let point = |nanos: u64, same: u32| {
+        serde_json::json!({
+            "nanos": nanos, "events": 1, "same": same, "other": 0, "runs": 10,
+            "share": f64::from(same) / 10.0, "low": 0.1, "high": 0.9,
+        })
+    };
+    serde_json::json!({
+        "points": [point(0, 2), point(400_000_000, 9), point(700_000_000, 10)],
+        "jumps": [{
+            "from": 0, "until": 400_000_000, "before": 0.2, "after": 0.9,
+            "happened": ["one", "two"], "others": {}, "then": [],
+        }],
+        "verdict": "it was open, and then it was not",
+    })
 }
 
 #[test]
@@ -70,6 +90,12 @@ fn a_browser_shows_a_run() {
         );
         assert_eq!(
             dom.contains("<h1 id=\"title\">") && dom.contains(": FAILED ("),
+            failed
+        );
+        let moments = if failed { 3 } else { 0 };
+        assert!(dom.contains(&format!(" messages, {moments} moments\"")));
+        assert_eq!(
+            dom.contains("it was open, and then it was not</div>"),
             failed
         );
         assert!(

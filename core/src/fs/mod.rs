@@ -343,6 +343,21 @@ impl Fs {
         self.table.answer(args)
     }
 
+    /// Inodes with state in memory, and those the kernel knows; for status.
+    pub fn inode_counts(&self) -> (usize, usize) {
+        (self.table.state_len(), self.table.known_len())
+    }
+
+    /// Inodes in use, with their uses and those that may write; for status.
+    pub fn open_inodes(&self) -> Vec<(api::Ino, u32, u32)> {
+        self.table.in_use()
+    }
+
+    /// Bytes of file data that no device has; for status.
+    pub fn dirty_data_bytes(&self) -> u64 {
+        self.data.dirty_bytes()
+    }
+
     /// The node's wall clock, as stamped on inodes.
     pub(crate) fn now(&self) -> WallTime {
         self.env.clock.wall()

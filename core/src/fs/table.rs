@@ -367,6 +367,15 @@ impl InodeTable {
         known.map(|(ino, _)| ino).collect()
     }
 
+    /// Inodes in use in ascending order, with the number of uses and of writers.
+    pub fn in_use(&self) -> Vec<(Ino, u32, u32)> {
+        let states = self.states.borrow();
+        let used = states.values().filter(|state| state.opens() > 0);
+        let mut all: Vec<_> = used.map(|s| (s.ino, s.opens(), s.writers())).collect();
+        all.sort_unstable();
+        all
+    }
+
     /// Number of inodes the kernel knows.
     pub fn known_len(&self) -> usize {
         self.known.borrow().values().map(HashMap::len).sum()

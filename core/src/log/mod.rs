@@ -173,6 +173,23 @@ struct Inner {
     wake_commit: Signal,
 }
 
+/// A transaction as it stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TransactionState {
+    /// Seq of the open transaction; 0 before the first.
+    pub seq: u64,
+    /// Whether anybody has entered it.
+    pub used: bool,
+    /// Its dirty blocks.
+    pub dirty_blocks: usize,
+    /// Who has it held.
+    pub holders: u32,
+    /// Whether it is being committed.
+    pub committing: bool,
+    /// Commits that were completed.
+    pub commits: u64,
+}
+
 /// A mount's items and transaction. Cheap to clone.
 #[derive(Clone)]
 pub struct Log {
@@ -250,6 +267,20 @@ impl Log {
     /// dirty. For checkers: each lies under a lock that this mount holds.
     pub fn cached_ranges(&self) -> Vec<(KeyRange, bool)> {
         self.inner.cache.borrow().ranges().collect()
+    }
+
+    /// The transaction as it stands, for status and for the simulator.
+    pub fn transaction(&self) -> TransactionState {
+        let inner = &*self.inner;
+        let open = inner.open.borrow();
+        TransactionState {
+            seq: open.as_ref().map_or(0, |open| open.seq),
+            used: open.as_ref().is_some_and(|open| open.is_used()),
+            dirty_blocks: open.as_ref().map_or(0, |open| open.tx.dirty_blocks()),
+            holders: inner.holders.get(),
+            committing: open.is_some() && inner.writing.get(),
+            commits: inner.commits.get(),
+        }
     }
 
     /// Commits that were completed.

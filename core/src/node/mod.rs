@@ -401,6 +401,11 @@ impl Mount {
         &self.log
     }
 
+    /// The cache of metadata blocks, for status.
+    pub fn blocks(&self) -> &Rc<Cache> {
+        &self.blocks
+    }
+
     /// The locks, for status and for checks.
     pub fn locks(&self) -> &Locks {
         &self.locks

@@ -5,6 +5,7 @@
 //! write takes effect when it completes. At a crash each sector of each write
 //! in flight may have reached the medium or not.
 
+use super::flying::{Ledger, Request};
 use super::{Host, Life, Sim};
 use crate::disk_model::{Medium, SECTOR, Survival};
 use crate::plan::{DiskFault, DiskOp};
@@ -108,6 +109,7 @@ struct Disk {
     slow_reads: Cell<(u64, u64)>,
     medium: RefCell<Medium>,
     flights: RefCell<BTreeMap<u64, Flight>>,
+    asked: Rc<Ledger<Request>>,
     next_id: Cell<u64>,
     faults: RefCell<Vec<DiskFault>>,
     epoch: Cell<u64>,
@@ -141,6 +143,7 @@ impl Disks {
                 slow_reads: Cell::new((0, 1)),
                 medium: RefCell::new(Medium::new(size)),
                 flights: RefCell::default(),
+                asked: Rc::default(),
                 next_id: Cell::new(0),
                 faults: RefCell::default(),
                 epoch: Cell::new(0),
@@ -287,6 +290,34 @@ impl Disks {
         *self.machines.watch.borrow_mut() = Some(Rc::new(watch));
     }
 
+    /// Requests that have not ended.
+    pub fn under_way(&self) -> Vec<Request> {
+        let mut all = self.meta.asked.list();
+        all.extend(self.data.asked.list());
+        all.sort_by_key(|request| request.asked);
+        all
+    }
+
+    /// Faults that may strike at `now`, machines that stand still, and machines whose
+    /// requests are refused.
+    pub fn troubles(&self, now: u64) -> (Vec<DiskFault>, Vec<u32>, Vec<u32>) {
+        let in_force = |fault: &DiskFault| match fault {
+            DiskFault::Error { from, until, .. } | DiskFault::Stall { from, until, .. } => {
+                (*from..*until).contains(&now)
+            }
+        };
+        let faults = [&self.meta, &self.data].into_iter().flat_map(|disk| {
+            let faults = disk.faults.borrow();
+            let own: Vec<DiskFault> = faults.iter().filter(|f| in_force(f)).cloned().collect();
+            own
+        });
+        (
+            faults.collect(),
+            self.machines.frozen.borrow().keys().copied().collect(),
+            self.machines.barred.borrow().iter().copied().collect(),
+        )
+    }
+
     /// Tells `asked` of every write of a living mount when it is handed over, also of
     /// one that is refused.
     pub fn set_asked(&self, asked: impl Fn(u32, DeviceRole, u64) + 'static) {
@@ -320,6 +351,7 @@ impl Disks {
 
 impl Disk {
     fn crash(&self, survival: Option<Survival>) {
+        self.asked.keep(|_| false);
         self.epoch.set(self.epoch.get() + 1);
         let mut medium = self.medium.borrow_mut();
         let keep = self.rng.below(3);
@@ -342,6 +374,7 @@ impl Disk {
     }
 
     fn end_of(&self, node: u32) {
+        self.asked.keep(|request| request.node != node);
         let gone: Vec<u64> = {
             let flights = self.flights.borrow();
             let of_node = flights.iter().filter(|(_, flight)| flight.node == node);
@@ -524,7 +557,17 @@ impl Handle {
         let now = disk.sim.now();
         let at = disk.after_stalls(now + disk.duration(op, len));
         let (sim, machines) = (Rc::clone(&disk.sim), Rc::clone(&disk.machines));
+        let asked = disk.asked.enter(Request {
+            node,
+            device: disk.role,
+            op,
+            offset,
+            len,
+            asked: now,
+            ends: at,
+        });
         let end = move || {
+            drop(asked);
             if disk.epoch.get() != epoch || disk.machines.epoch(node) != own_epoch {
                 return;
             }

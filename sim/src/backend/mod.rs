@@ -10,9 +10,11 @@
 //! they are polled again, as the end of a process does.
 
 pub mod disk;
+pub mod flying;
 pub mod net;
 mod said;
 
+use crate::kernel::Caches;
 use crate::model::wall_time;
 use crate::rng::Stream;
 use crate::stress::Held;
@@ -32,6 +34,9 @@ use std::task::{Context, Poll, Waker};
 
 /// Nanoseconds of the executor's time in one of ours.
 const SCALE: u64 = 1000;
+
+/// Something to do when a moment has come.
+type Look = Box<dyn FnOnce(&Sim)>;
 
 enum Action {
     Wake(Waker),
@@ -55,6 +60,8 @@ pub struct Sim {
     held: RefCell<Option<Held>>,
     /// Mounts whose invariants are looked at.
     watched: RefCell<Vec<Watched>>,
+    /// The kernels, by node.
+    kernels: RefCell<Vec<(u32, Weak<Caches>)>>,
     /// Every task that has not ended.
     tasks: RefCell<BTreeMap<u64, AbortHandle>>,
     /// The task that fires the timers.
@@ -68,6 +75,9 @@ pub struct Sim {
     next_task: Cell<u64>,
     /// Nanoseconds by which slow reads were delayed, all of them together.
     delayed: Cell<u64>,
+    /// What is to be done between two steps, by when, and when the first is.
+    looks: RefCell<BTreeMap<u64, Vec<Look>>>,
+    next_look: Cell<u64>,
 }
 
 impl Sim {
@@ -96,6 +106,7 @@ impl Sim {
             yield_permille: Cell::new(200),
             held: RefCell::default(),
             watched: RefCell::default(),
+            kernels: RefCell::default(),
             tasks: RefCell::default(),
             driver: RefCell::default(),
             rng: Stream::new(seed, "executor", 0),
@@ -105,6 +116,8 @@ impl Sim {
             reached: RefCell::default(),
             next_task: Cell::new(0),
             delayed: Cell::new(0),
+            looks: RefCell::default(),
+            next_look: Cell::new(u64::MAX),
         });
         let driver = madsim::task::spawn_local(run_timers(Rc::downgrade(&sim)));
         *sim.driver.borrow_mut() = Some(driver);
@@ -175,6 +188,30 @@ impl Sim {
         watched.push(mount);
     }
 
+    /// Calls `f` with each mount that is looked at and lives.
+    pub fn each_mount(&self, mut f: impl FnMut(&Rc<outrider_core::node::Mount>, &Rc<Life>)) {
+        let watched = self.watched.borrow();
+        for one in watched.iter().filter(|one| one.life.is_alive()) {
+            if let Some(mount) = one.mount.upgrade() {
+                f(&mount, &one.life);
+            }
+        }
+    }
+
+    /// Remembers the kernel of a new mount.
+    pub fn know_kernel(&self, node: u32, caches: &Rc<Caches>) {
+        let mut kernels = self.kernels.borrow_mut();
+        kernels.retain(|(_, caches)| caches.strong_count() > 0);
+        kernels.push((node, Rc::downgrade(caches)));
+    }
+
+    /// The kernel of a node's last mount, if it is still there.
+    pub fn kernel_of(&self, node: u32) -> Option<Rc<Caches>> {
+        let kernels = self.kernels.borrow();
+        let mut own = kernels.iter().rev().filter(|(other, _)| *other == node);
+        own.find_map(|(_, caches)| caches.upgrade())
+    }
+
     /// Looks no longer at the mount of this seat: it was fenced, and its locks are
     /// others' to have, whatever it believes.
     pub fn unwatch(&self, seat: u32) {
@@ -195,6 +232,8 @@ impl Sim {
             madsim::task::yield_now().await;
         }
         self.watched.take();
+        let looks = self.looks.take();
+        drop(looks);
         let driver = self.driver.take();
         if let Some(driver) = driver {
             driver.abort();
@@ -237,7 +276,33 @@ impl Sim {
         self.sleep_until(self.now() + nanos)
     }
 
+    /// Calls `f` once, before the first step of a task and before the first timer at or
+    /// after `at`. Unlike a timer this is no event of the world: that somebody waits for
+    /// the moment changes nothing before it.
+    pub fn look_at(&self, at: u64, f: impl FnOnce(&Sim) + 'static) {
+        let mut looks = self.looks.borrow_mut();
+        looks.entry(at).or_default().push(Box::new(f));
+        let first = looks.keys().next().copied();
+        self.next_look.set(first.unwrap_or(u64::MAX));
+    }
+
+    fn look_if_due(&self) {
+        while self.next_look.get() != u64::MAX && self.now() >= self.next_look.get() {
+            let due = {
+                let mut looks = self.looks.borrow_mut();
+                let due = looks.pop_first();
+                let first = looks.keys().next().copied();
+                self.next_look.set(first.unwrap_or(u64::MAX));
+                due
+            };
+            for look in due.into_iter().flat_map(|(_, looks)| looks) {
+                look(self);
+            }
+        }
+    }
+
     fn fire_due(&self) {
+        self.look_if_due();
         loop {
             let due = {
                 let mut timers = self.timers.borrow_mut();
@@ -268,6 +333,18 @@ impl Sim {
         }
         self.time
             .advance(Duration::from_nanos(self.poll_cost.get() * SCALE));
+        self.look_if_due();
+    }
+}
+
+/// Turns all randomness of the world that runs on this thread to other numbers: its own
+/// streams, and what the executor draws, whose stream goes on elsewhere.
+pub fn turn_randomness(to: u64) {
+    use madsim::rand::RngCore as _;
+    crate::rng::turn(to);
+    let mut executor = madsim::rand::thread_rng();
+    for _ in 0..=crate::trace::digest(&to.to_le_bytes()) % 65_536 {
+        executor.next_u64();
     }
 }
 
@@ -361,6 +438,16 @@ impl Life {
         life.seat.set(seat);
         life.node.set(node);
         life
+    }
+
+    /// The node that it runs on.
+    pub fn node(&self) -> u32 {
+        self.node.get()
+    }
+
+    /// Whether it stands still.
+    pub fn is_paused(&self) -> bool {
+        self.paused.borrow().is_some()
     }
 
     /// The number of the mount it belongs to; 0 in worlds of one node.

@@ -5,6 +5,7 @@
 //! both sides. Datagrams may be lost, doubled or overtaken. A process that ends
 //! resets its streams; a machine that loses power is silent.
 
+use super::flying::{Flying, Ledger, Waiting};
 use super::said::{datagram, frames};
 use super::{Host, Life, Sim};
 use crate::rng::Stream as Rng;
@@ -100,6 +101,7 @@ pub struct SimNet {
     datagrams: RefCell<BTreeMap<SocketAddrV4, Weak<DatagramSocket>>>,
     listeners: RefCell<BTreeMap<SocketAddrV4, Weak<ListenSocket>>>,
     streams: RefCell<Vec<Link>>,
+    flying: Rc<Ledger<Flying>>,
     next_port: Cell<u16>,
 }
 
@@ -116,6 +118,7 @@ impl SimNet {
             datagrams: RefCell::default(),
             listeners: RefCell::default(),
             streams: RefCell::default(),
+            flying: Rc::default(),
             next_port: Cell::new(20_000),
         })
     }
@@ -295,6 +298,23 @@ impl SimNet {
         }
     }
 
+    /// What is on its way, what waits in streams, and which directions are cut.
+    pub fn under_way(&self) -> (Vec<Flying>, Vec<Waiting>, Vec<(Ipv4Addr, Ipv4Addr)>) {
+        let streams = self.streams.borrow();
+        let pipes = streams.iter().flat_map(|link| &link.pipes);
+        let waiting = pipes.filter_map(Weak::upgrade).map(|pipe| Waiting {
+            from: pipe.from,
+            to: pipe.to,
+            unread: pipe.arrived.borrow().iter().map(Bytes::len).sum(),
+            held: pipe.held.borrow().len(),
+        });
+        (
+            self.flying.list(),
+            waiting.filter(|w| w.unread > 0 || w.held > 0).collect(),
+            self.cut_off.borrow().iter().copied().collect(),
+        )
+    }
+
     fn is_cut(&self, from: Ipv4Addr, to: Ipv4Addr) -> bool {
         self.cut_off.borrow().contains(&(from, to))
     }
@@ -367,7 +387,16 @@ impl Pipe {
         let at = (net.sim.now() + delay).max(self.last_arrival.get() + 1);
         self.last_arrival.set(at);
         let (pipe, net_again) = (Rc::clone(self), Rc::downgrade(net));
+        let flying = net.flying.enter(Flying {
+            from: self.from,
+            to: self.to,
+            datagram: false,
+            bytes: piece.as_ref().map_or(0, Bytes::len),
+            sent: net.sim.now(),
+            arrives: at,
+        });
         net.sim.call_at(at, move || {
+            drop(flying);
             let Some(net) = net_again.upgrade() else {
                 return;
             };
@@ -492,7 +521,17 @@ impl Datagram for DatagramHandle {
         for _ in 0..copies {
             let (weak, bytes) = (Rc::downgrade(net), bytes.clone());
             let delay = net.delay(*from.ip(), *to.ip());
-            net.sim.call_at(net.sim.now() + delay, move || {
+            let now = net.sim.now();
+            let flying = net.flying.enter(Flying {
+                from: *from.ip(),
+                to: *to.ip(),
+                datagram: true,
+                bytes: bytes.len(),
+                sent: now,
+                arrives: now + delay,
+            });
+            net.sim.call_at(now + delay, move || {
+                drop(flying);
                 let Some(net) = weak.upgrade() else { return };
                 let socket = net.datagrams.borrow().get(&to).and_then(Weak::upgrade);
                 if let Some(socket) = socket

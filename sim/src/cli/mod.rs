@@ -1,7 +1,9 @@
 //! The command line. Exit codes: 0 clean, 1 failures found, 2 could not run.
 
+mod explain;
 mod explore;
 mod mutants;
+mod replay;
 mod report;
 mod show;
 mod shrink;
@@ -11,7 +13,6 @@ use clap::{Parser, Subcommand};
 use outrider_sim::case::Case;
 use outrider_sim::plan::{PROFILES, Plan, Profile};
 use outrider_sim::reference::Reference;
-use outrider_sim::trace::Sink;
 use outrider_sim::world::{self, Options, Outcome, node::Outrider};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -31,11 +32,13 @@ enum Command {
     /// Run many seeds.
     Sweep(sweep::Args),
     /// Run one world again: a seed, or a saved plan.
-    Replay(ReplayArgs),
+    Replay(replay::Args),
     /// Make a page of a run, to look at.
     Show(show::Args),
     /// Find the first event in which two runs differ.
     Diff(show::DiffArgs),
+    /// Find the moment at which a failure became inevitable.
+    Explain(explain::Args),
     /// Make a failing world small.
     Shrink(shrink::Args),
     /// List the planted bugs, or hunt for them.
@@ -65,6 +68,21 @@ struct Drawn {
 }
 
 impl Drawn {
+    /// The flags that say the same, each after a space.
+    fn as_flags(&self) -> String {
+        let mut flags = String::new();
+        if let Some(profile) = self.profile {
+            flags += &format!(" --profile {}", format!("{profile:?}").to_lowercase());
+        }
+        if self.stress {
+            flags += " --stress";
+        }
+        if let Some(mutant) = &self.mutant {
+            flags += &format!(" --mutant {mutant}");
+        }
+        flags
+    }
+
     /// What a command line names: the plan of a seed, or a file.
     fn case(&self, what: &str) -> Result<Case, String> {
         let mut case = match what.parse::<u64>() {
@@ -76,35 +94,6 @@ impl Drawn {
         }
         Ok(case)
     }
-}
-
-#[derive(clap::Args)]
-struct ReplayArgs {
-    /// A seed, or a file with a plan.
-    what: String,
-    /// Print one line per event, in simulated time.
-    #[arg(long)]
-    log: bool,
-    /// With --log: only those of one node.
-    #[arg(long, requires = "log")]
-    node: Option<u32>,
-    /// With --log: only those that contain this text.
-    #[arg(long, requires = "log")]
-    filter: Option<String>,
-    /// With --log: only those from this many seconds on.
-    #[arg(long, requires = "log")]
-    since: Option<f64>,
-    /// With --log: only those until this many seconds.
-    #[arg(long, requires = "log")]
-    until: Option<f64>,
-    #[command(flatten)]
-    drawn: Drawn,
-    /// Write the plan to a file.
-    #[arg(long)]
-    save: Option<PathBuf>,
-    /// Run a filesystem in memory that is right by construction: tests the judge.
-    #[arg(long)]
-    reference: bool,
 }
 
 fn parse_profile(text: &str) -> Result<Profile, String> {
@@ -131,9 +120,10 @@ pub fn main() -> ExitCode {
     };
     let result = match args.command {
         Command::Sweep(args) => sweep::run(&args),
-        Command::Replay(args) => replay(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Diff(args) => show::diff(&args),
         Command::Show(args) => show::run(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::Shrink(args) => shrink::run(&args),
         Command::Mutants(args) => mutants::run(&args),
         Command::Explore(args) => explore::run(&args),
@@ -149,36 +139,16 @@ pub fn main() -> ExitCode {
     }
 }
 
-impl ReplayArgs {
-    /// Prints the events that are asked for.
-    fn sink(&self) -> Option<Box<dyn FnOnce() -> Sink + Send>> {
-        if !self.log {
-            return None;
-        }
-        let (node, filter) = (self.node, self.filter.clone());
-        let nanos = |seconds: f64| (seconds * 1e9) as u64;
-        let from = self.since.map_or(0, nanos);
-        let until = self.until.map_or(u64::MAX, nanos);
-        Some(Box::new(move || {
-            Box::new(move |event| {
-                if event.nanos < from
-                    || event.nanos > until
-                    || node.is_some_and(|node| node != event.node)
-                {
-                    return;
-                }
-                let line = event.line();
-                if filter.as_ref().is_none_or(|text| line.contains(text)) {
-                    println!("{line}");
-                }
-            })
-        }))
-    }
-}
-
 /// Runs a plan on Outrider, or on the reference.
 fn run_plan(plan: &Plan, reference: bool, mutant: Option<&'static str>) -> Outcome {
-    run_with(plan, reference, Options { mutant, sink: None })
+    run_with(
+        plan,
+        reference,
+        Options {
+            mutant,
+            ..Options::default()
+        },
+    )
 }
 
 fn run_with(plan: &Plan, reference: bool, options: Options) -> Outcome {
@@ -201,54 +171,6 @@ fn draw(seed: u64, profile: Option<Profile>, stress: bool) -> Plan {
 /// The planted bug of a case.
 fn planted(case: &Case) -> Result<Option<&'static str>, String> {
     case.mutant.as_deref().map(mutants::find).transpose()
-}
-
-fn replay(args: &ReplayArgs) -> Result<bool, String> {
-    let recorded = args.drawn.case(&args.what)?;
-    let (plan, mutant) = (&recorded.plan, planted(&recorded)?);
-    println!("{}", plan.header());
-    let sink = args.sink();
-    let outcome = run_with(plan, args.reference, Options { mutant, sink });
-    if let Some(file) = &args.save {
-        let failed = Case::failed(plan.clone(), mutant, &outcome);
-        failed
-            .unwrap_or_else(|| Case::of(plan.clone()))
-            .save(file)?;
-    }
-    println!(
-        "{} calls judged in {} steps, {} events, {} polls, {}.{:03} simulated seconds, \
-         events {:016x}, image {:016x}",
-        outcome.calls,
-        outcome.steps,
-        outcome.events,
-        outcome.polls,
-        outcome.nanos / 1_000_000_000,
-        outcome.nanos / 1_000_000 % 1000,
-        outcome.event_hash,
-        outcome.image_hash
-    );
-    for (probe, count) in &outcome.probes {
-        println!("  reached {probe} {count} times");
-    }
-    if outcome.unjudged > 0 {
-        println!("{} windows were too tangled to judge", outcome.unjudged);
-    }
-    if let Some(blamed) = &outcome.blamed {
-        println!("ended by a lying fence agent: {blamed}");
-    }
-    match &outcome.failure {
-        None => println!("no failure"),
-        Some(failure) => println!("FAILED ({}): {}", failure.kind, failure.text),
-    }
-    if recorded.is_as_recorded(&outcome) == Some(false) {
-        println!(
-            "this is not what was recorded: the code has changed since{}",
-            recorded
-                .commit
-                .map_or(String::new(), |c| format!(" commit {c}"))
-        );
-    }
-    Ok(outcome.failure.is_none())
 }
 
 fn corpus(dir: &Path) -> Result<bool, String> {

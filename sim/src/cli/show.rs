@@ -5,7 +5,7 @@ use outrider_sim::case::Case;
 use outrider_sim::show::{Facts, page, perfetto};
 use outrider_sim::trace::Event;
 use outrider_sim::world::{self, Options, Outcome, node::Outrider};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 #[derive(clap::Args)]
@@ -36,10 +36,20 @@ pub fn record(case: &Case) -> Result<(Outcome, Vec<Event>), String> {
             sink: Some(Box::new(move || {
                 Box::new(move |event| kept.lock().expect("one thread").push(event))
             })),
+            ..Options::default()
         },
     );
     let events = std::mem::take(&mut *events.lock().expect("the world has ended"));
     Ok((outcome, events))
+}
+
+fn write(file: &Path, text: &str) -> Result<(), String> {
+    std::fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+/// Writes the page of a run.
+pub fn write_page(file: &Path, case: &Case, events: &[Event], facts: &Facts) -> Result<(), String> {
+    write(file, &page(&case.plan, events, facts))
 }
 
 /// Runs the command.
@@ -48,16 +58,16 @@ pub fn run(args: &Args) -> Result<bool, String> {
     let (outcome, events) = record(&case)?;
     let failure = outcome.failure.as_ref();
     let facts = Facts {
-        failure: failure.map(|failure| (failure.kind.to_owned(), failure.text.clone())),
-        mutant: case.mutant.clone(),
-        command: format!("outrider-sim replay {} --log", args.what),
+        command: format!(
+            "outrider-sim replay {}{} --log",
+            args.what,
+            args.drawn.as_flags()
+        ),
+        ..Facts::of(&case, &outcome)
     };
-    let write = |file: &PathBuf, text: String| {
-        std::fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))
-    };
-    write(&args.output, page(&case.plan, &events, &facts))?;
+    write_page(&args.output, &case, &events, &facts)?;
     if let Some(file) = &args.perfetto {
-        write(file, perfetto(&events))?;
+        write(file, &perfetto(&events))?;
     }
     println!(
         "{}: {} events; {}",

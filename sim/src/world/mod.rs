@@ -12,11 +12,12 @@ pub mod cluster;
 pub mod invariants;
 mod life;
 pub mod node;
+pub mod snapshot;
 mod workload;
 
 use crate::backend::disk::{Disks, Timing};
 use crate::backend::net::{Links, SimNet};
-use crate::backend::{Host, Life, Node, Sim};
+use crate::backend::{Host, Life, Node, Sim, turn_randomness};
 use crate::model::{Model, S_IFDIR};
 use crate::oracle::{Oracle, Violation};
 use crate::plan::Plan;
@@ -27,6 +28,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::{Arc, OnceLock};
 
 /// Why a mount did not come up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +100,28 @@ pub struct Outcome {
     /// What somebody outside of the filesystem did wrong, which ended the world:
     /// a fence agent that lied.
     pub blamed: Option<String>,
+    /// Where it left the way of its seed, if it was to.
+    pub forked: Option<Forked>,
+}
+
+/// Another way from a moment on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fork {
+    /// Nanoseconds of the world: until then it does what its seed says.
+    pub at: u64,
+    /// From then on its randomness follows from this; `None` lets it go on as it does.
+    pub to: Option<u64>,
+}
+
+/// What was behind a world when it came to its [`Fork`]: equal for all ways of a seed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forked {
+    /// Events.
+    pub events: u64,
+    /// Their digest.
+    pub hash: u64,
+    /// Polls of tasks.
+    pub polls: u64,
 }
 
 thread_local! {
@@ -158,20 +182,31 @@ pub struct Options {
     pub mutant: Option<&'static str>,
     /// Where the events go.
     pub sink: Option<Box<dyn FnOnce() -> Sink + Send>>,
+    /// Where to leave the way of the seed.
+    pub fork: Option<Fork>,
+    /// When to look at its state.
+    pub moments: Option<snapshot::Moments>,
 }
 
 /// Runs a whole world on a fresh thread.
 pub fn run<S: System>(plan: &Plan, options: Options) -> Outcome {
     let seed = plan.seed;
     let plan = plan.clone();
+    // Beside the outcome: a panic has none.
+    let forked = Arc::new(OnceLock::new());
+    let noted = Arc::clone(&forked);
     let result = on_fresh_thread(move || {
         set_mutant(options.mutant);
         let sink = options.sink.map(|make| make());
+        let looks = Looks {
+            fork: options.fork.map(|fork| (fork, noted)),
+            moments: options.moments,
+        };
         let runtime =
             madsim::runtime::Runtime::with_seed_and_config(seed, madsim::Config::default());
-        runtime.block_on(world::<S>(plan, sink))
+        runtime.block_on(world::<S>(plan, sink, looks))
     });
-    result.unwrap_or_else(|panic| Outcome {
+    let outcome = result.unwrap_or_else(|panic| Outcome {
         seed,
         failure: Some(Violation {
             kind: if panic.starts_with(invariants::BROKEN) {
@@ -182,7 +217,26 @@ pub fn run<S: System>(plan: &Plan, options: Options) -> Outcome {
             text: panic,
         }),
         ..Outcome::default()
-    })
+    });
+    Outcome {
+        forked: forked.get().copied(),
+        ..outcome
+    }
+}
+
+/// Lets the world leave the way of its seed when the time has come.
+fn prepare_fork(sim: &Sim, fork: Fork, noted: Arc<OnceLock<Forked>>) {
+    sim.look_at(fork.at, move |sim| {
+        let behind = Forked {
+            events: sim.trace.count(),
+            hash: sim.trace.hash(),
+            polls: sim.polls(),
+        };
+        noted.set(behind).expect("a world forks once");
+        if let Some(to) = fork.to {
+            turn_randomness(to);
+        }
+    });
 }
 
 /// What all parts of a running world share.
@@ -216,8 +270,22 @@ impl<S: System> World<S> {
     }
 }
 
-async fn world<S: System>(plan: Plan, sink: Option<Sink>) -> Outcome {
+/// What is done between two steps, beside the world.
+struct Looks {
+    fork: Option<(Fork, Arc<OnceLock<Forked>>)>,
+    moments: Option<snapshot::Moments>,
+}
+
+async fn world<S: System>(plan: Plan, sink: Option<Sink>, looks: Looks) -> Outcome {
+    let calls = snapshot::Calls::default();
+    let sink = match &looks.moments {
+        Some(_) => Some(snapshot::noting(&calls, sink)),
+        None => sink,
+    };
     let sim = Sim::new(plan.seed, Trace::new(sink));
+    if let Some((fork, noted)) = looks.fork {
+        prepare_fork(&sim, fork, noted);
+    }
     sim.set_yield(u64::from(plan.config.yield_permille));
     sim.set_held(plan.config.stress.held.clone());
     sim.set_poll_cost(u64::from(plan.config.poll_cost));
@@ -257,6 +325,16 @@ async fn world<S: System>(plan: Plan, sink: Option<Sink>) -> Outcome {
     let net = SimNet::new(&sim, Links::default());
     let disks = Disks::new(&sim, config.meta_size, config.data_size, timing);
     disks.set_slow_reads(u64::from(config.stress.slow_reads), config.stress.slow_by);
+    if let Some(moments) = looks.moments {
+        let looker = snapshot::Looker {
+            moments: RefCell::new(moments),
+            calls,
+            net: Rc::downgrade(&net),
+            disks: Rc::downgrade(&disks),
+            nodes: plan.cluster.as_ref().map_or(1, |c| c.nodes.len()),
+        };
+        Rc::new(looker).start(&sim);
+    }
     let host = Host {
         sim: Rc::clone(&sim),
         node: Rc::clone(&node),

@@ -78,6 +78,61 @@ pub async fn print<'a>(
     Ok(())
 }
 
+/// Prints one large block as what its header says it is, whether or not anything refers
+/// to it. The block after the first, number 1, has the super block and the quorum's.
+///
+/// # Errors
+/// If the super block or the block can not be read.
+pub async fn print_block<'a>(
+    meta: Rc<dyn BlockDevice>,
+    blkno: u64,
+    out: &'a mut Sink<'a>,
+) -> Result<(), VolumeError> {
+    let role = DeviceRole::Meta;
+    let block = read_small(&*meta, role, SUPER_BLKNO).await?;
+    let sb = parse_super(&block, role, None)?;
+    let mut p = Printer {
+        fsid: sb.hdr.fsid.get(),
+        fmt_vers: sb.fmt_vers.get(),
+        skip_huge: false,
+        seen: RefCell::new(Census::new(0)),
+        meta,
+        out,
+    };
+    if blkno == SUPER_BLKNO >> (LG_BLOCK_SHIFT - SM_BLOCK_SHIFT) {
+        p.emit(fields::super_block(&sb));
+        p.quorum().await;
+        return Ok(());
+    }
+    let block = read_large(&*p.meta, blkno).await?;
+    let hdr = read_header(&block);
+    let magic = Magic::from_value(hdr.magic.get());
+    let own = BlockRef {
+        blkno: blkno.into(),
+        seq: hdr.seq,
+    };
+    let verified = magic.map(|magic| verify_ref(&block, magic, p.fsid, &own));
+    if let Some(Err(error)) = &verified {
+        p.problem("block", blkno, error.to_string());
+    }
+    match magic {
+        Some(Magic::Btree) if verified == Some(Ok(())) => {
+            p.btree_block("block", &block, None);
+        }
+        Some(Magic::AllocList) => p.list_block("block", None, &block),
+        Some(Magic::Bloom) => p.bloom_block("block", &block),
+        Some(Magic::SrchParent) => {
+            p.srch_parent("block", None, &block);
+        }
+        Some(Magic::SrchBlock) => p.srch_block("block", &block),
+        _ => {
+            let record = Record::new("block", 0).with("hdr", header(&hdr));
+            p.emit(record);
+        }
+    }
+    Ok(())
+}
+
 impl Printer<'_> {
     fn emit(&mut self, record: Record) {
         (self.out)(record);
@@ -240,24 +295,31 @@ impl Printer<'_> {
             let Some(block) = self.read(what, &next, Magic::AllocList).await else {
                 return;
             };
-            let (lb, entries) = AllocListBlock::read_from_prefix(&block).expect("a whole block");
-            let record = Record::new("alloc_list_block", 0)
-                .with("name", what)
-                .with("head", list_head(head))
-                .with("hdr", header(&lb.hdr))
-                .with("next", fields::block_ref(&lb.next))
-                .with("start", lb.start.get())
-                .with("nr", lb.nr.get());
-            let (start, nr) = (lb.start.get() as usize, lb.nr.get() as usize);
-            let range = start.saturating_mul(8)..start.saturating_add(nr).saturating_mul(8);
-            let record = match entries.get(range) {
-                Some(_) if self.skip_huge => record,
-                Some(bytes) => record.with("extents", fields::blknos_as_extents(bytes)),
-                None => record.with("problem", "the entries do not fit in the block"),
-            };
-            self.emit(record);
+            self.list_block(what, Some(head), &block);
+            let (lb, _) = AllocListBlock::read_from_prefix(&block).expect("a whole block");
             next = lb.next;
         }
+    }
+
+    fn list_block(&mut self, what: &str, head: Option<&AllocListHead>, block: &[u8]) {
+        let (lb, entries) = AllocListBlock::read_from_prefix(block).expect("a whole block");
+        let mut record = Record::new("alloc_list_block", 0).with("name", what);
+        if let Some(head) = head {
+            record = record.with("head", list_head(head));
+        }
+        let record = record
+            .with("hdr", header(&lb.hdr))
+            .with("next", fields::block_ref(&lb.next))
+            .with("start", lb.start.get())
+            .with("nr", lb.nr.get());
+        let (start, nr) = (lb.start.get() as usize, lb.nr.get() as usize);
+        let range = start.saturating_mul(8)..start.saturating_add(nr).saturating_mul(8);
+        let record = match entries.get(range) {
+            Some(_) if self.skip_huge => record,
+            Some(bytes) => record.with("extents", fields::blknos_as_extents(bytes)),
+            None => record.with("problem", "the entries do not fit in the block"),
+        };
+        self.emit(record);
     }
 
     async fn bloom(&mut self, what: &str, r: &BlockRef) {
@@ -265,13 +327,17 @@ impl Printer<'_> {
             return;
         }
         if let Some(block) = self.read(what, r, Magic::Bloom).await {
-            let (bloom, _) = BloomBlock::read_from_prefix(&block).expect("a whole block");
-            let record = Record::new("bloom_block", 0)
-                .with("name", what)
-                .with("hdr", header(&bloom.hdr))
-                .with("total_set", bloom.total_set.get());
-            self.emit(record);
+            self.bloom_block(what, &block);
         }
+    }
+
+    fn bloom_block(&mut self, what: &str, block: &[u8]) {
+        let (bloom, _) = BloomBlock::read_from_prefix(block).expect("a whole block");
+        let record = Record::new("bloom_block", 0)
+            .with("name", what)
+            .with("hdr", header(&bloom.hdr))
+            .with("total_set", bloom.total_set.get());
+        self.emit(record);
     }
 
     /// Walks a tree: its blocks and items. Values of server items are kept for
@@ -291,32 +357,44 @@ impl Printer<'_> {
             let Some(block) = self.read(what, &r, Magic::Btree).await else {
                 continue;
             };
-            let parsed = parse_btree_block(&block);
-            self.emit(fields::btree_block(what, &block, &parsed));
-            let mut children = Vec::new();
-            for (i, item) in parsed.items.iter().enumerate() {
-                let (raw, _) = BtreeItem::read_from_prefix(&block[item.offset..])
-                    .expect("parsed to be inside the block");
-                let value = &block[item.val_off..item.val_off + item.val_len];
-                let record = fields::item(i, item, &raw);
-                if parsed.level > 0 {
-                    let child = BlockRef::read_from_bytes(value).unwrap_or_default();
-                    children.push(child);
-                    self.emit(record.with("ref", fields::block_ref(&child)));
-                    continue;
-                }
-                let decoded = if raw.flags & ITEM_FLAG_DELETION != 0 {
-                    json!({ "deleted": true })
-                } else {
-                    values::decode(&item.key, value, self.fmt_vers)
-                };
-                self.emit(record.with("value", decoded));
-                if !fs && !alloc {
-                    keep.push((item.key, value.to_vec()));
-                }
-            }
+            let keep = (!fs && !alloc).then_some(&mut *keep);
+            let children = self.btree_block(what, &block, keep);
             stack.extend(children.into_iter().rev());
         }
+    }
+
+    /// Prints a block of a tree and its items; gives its children.
+    fn btree_block(
+        &mut self,
+        what: &str,
+        block: &[u8],
+        mut keep: Option<&mut Vec<(Key, Vec<u8>)>>,
+    ) -> Vec<BlockRef> {
+        let parsed = parse_btree_block(block);
+        self.emit(fields::btree_block(what, block, &parsed));
+        let mut children = Vec::new();
+        for (i, item) in parsed.items.iter().enumerate() {
+            let (raw, _) = BtreeItem::read_from_prefix(&block[item.offset..])
+                .expect("parsed to be inside the block");
+            let value = &block[item.val_off..item.val_off + item.val_len];
+            let record = fields::item(i, item, &raw);
+            if parsed.level > 0 {
+                let child = BlockRef::read_from_bytes(value).unwrap_or_default();
+                children.push(child);
+                self.emit(record.with("ref", fields::block_ref(&child)));
+                continue;
+            }
+            let decoded = if raw.flags & ITEM_FLAG_DELETION != 0 {
+                json!({ "deleted": true })
+            } else {
+                values::decode(&item.key, value, self.fmt_vers)
+            };
+            self.emit(record.with("value", decoded));
+            if let Some(keep) = &mut keep {
+                keep.push((item.key, value.to_vec()));
+            }
+        }
+        children
     }
 
     async fn srch_file(&mut self, what: &str, file: &SrchFile) {
@@ -344,22 +422,27 @@ impl Printer<'_> {
                 self.srch_block(what, &block);
                 continue;
             }
-            let refs: Vec<BlockRef> = block[size_of::<BlockHeader>()..]
-                .chunks_exact(size_of::<BlockRef>())
-                .filter_map(|bytes| BlockRef::read_from_bytes(bytes).ok())
-                .filter(|r| !r.is_null())
-                .collect();
-            let record = Record::new("srch_parent", 0)
-                .with("name", what)
-                .with("hdr", header(&read_header(&block)))
-                .with("level", level)
-                .with(
-                    "refs",
-                    refs.iter().map(fields::block_ref).collect::<Vec<_>>(),
-                );
-            self.emit(record);
+            let refs = self.srch_parent(what, Some(level), &block);
             stack.extend(refs.into_iter().rev().map(|r| (r, level - 1)));
         }
+    }
+
+    /// Prints a parent of srch blocks; gives its children.
+    fn srch_parent(&mut self, what: &str, level: Option<u8>, block: &[u8]) -> Vec<BlockRef> {
+        let refs: Vec<BlockRef> = block[size_of::<BlockHeader>()..]
+            .chunks_exact(size_of::<BlockRef>())
+            .filter_map(|bytes| BlockRef::read_from_bytes(bytes).ok())
+            .filter(|r| !r.is_null())
+            .collect();
+        let mut record = Record::new("srch_parent", 0)
+            .with("name", what)
+            .with("hdr", header(&read_header(block)));
+        if let Some(level) = level {
+            record = record.with("level", level);
+        }
+        let shown: Vec<_> = refs.iter().map(fields::block_ref).collect();
+        self.emit(record.with("refs", shown));
+        refs
     }
 
     fn srch_block(&mut self, what: &str, block: &[u8]) {

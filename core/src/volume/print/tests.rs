@@ -72,3 +72,41 @@ fn huge_structures_can_be_left_out() {
     let found = records("b", true);
     assert!(found.len() < 60, "{}", found.len());
 }
+
+#[test]
+fn any_block_is_printed_alone_as_in_the_whole() {
+    let volume = golden("b");
+    let block = |blkno| {
+        let mut found = Vec::new();
+        let result = block_on(print_block(volume.meta.handle(), blkno, &mut |r| {
+            found.push(r);
+        }));
+        result.map(|()| found)
+    };
+    let whole = records("b", false);
+    let number = |record: &Record| record.get("hdr")?["blkno"].as_u64();
+    let mut kinds = std::collections::BTreeSet::new();
+    for (place, record) in whole.iter().enumerate() {
+        let Some(blkno) = number(record) else {
+            continue;
+        };
+        if matches!(record.kind(), "super" | "quorum_block") {
+            continue;
+        }
+        kinds.insert(record.kind());
+        let alone = block(blkno).expect("a block");
+        assert_eq!(alone[0].kind(), record.kind());
+        assert_eq!(alone[0].get("hdr"), record.get("hdr"));
+        let items = &whole[place + 1..];
+        let items = items.iter().take_while(|r| r.kind() == "item");
+        let items: Vec<&Record> = items.collect();
+        assert_eq!(alone[1..].iter().collect::<Vec<_>>(), items);
+    }
+    assert!(kinds.len() >= 3, "{kinds:?}");
+    let first: Vec<&str> = ["super"].into_iter().chain(["quorum_block"; 15]).collect();
+    let found = block(1).expect("the first block");
+    assert_eq!(found.iter().map(Record::kind).collect::<Vec<_>>(), first);
+    assert!(block(1 << 40).is_err());
+    // A block of zeroes is one of no kind.
+    assert_eq!(block(0).expect("a block")[0].kind(), "block");
+}
