@@ -30,6 +30,7 @@ pub mod trace;
 pub mod backend;
 #[cfg(madsim)]
 pub mod case;
+pub mod cost;
 #[cfg(madsim)]
 pub mod kernel;
 #[cfg(madsim)]

@@ -62,7 +62,7 @@ class Cluster:
         for path in (self.meta, self.data):
             with open(path, "wb") as f:
                 f.truncate(12 << 30)
-        args = ["mkfs", "-f"]
+        args = ["mkfs", "-f", "-A"]
         for slot, host in enumerate(HOSTS):
             args += ["-Q", f"{slot},{host},{self.port}"]
         if self.keyed:

@@ -153,6 +153,11 @@ impl Sim {
         Some(by)
     }
 
+    /// Sets how many polls the world may take.
+    pub fn set_poll_limit(&self, limit: u64) {
+        self.poll_limit.set(limit);
+    }
+
     /// Sets how long one poll of a task takes, in nanoseconds.
     pub fn set_poll_cost(&self, nanos: u64) {
         self.poll_cost.set(nanos);

@@ -1,5 +1,6 @@
 //! The command line. Exit codes: 0 clean, 1 failures found, 2 could not run.
 
+mod cost;
 mod explain;
 mod explore;
 mod mutants;
@@ -45,6 +46,8 @@ enum Command {
     Mutants(mutants::Args),
     /// Explore the protocol brains exhaustively within small bounds.
     Explore(explore::Args),
+    /// Count what creating files costs in a cluster.
+    Cost(cost::Args),
     /// Run the saved plans that once failed.
     Corpus {
         /// Where they are.
@@ -127,6 +130,7 @@ pub fn main() -> ExitCode {
         Command::Shrink(args) => shrink::run(&args),
         Command::Mutants(args) => mutants::run(&args),
         Command::Explore(args) => explore::run(&args),
+        Command::Cost(args) => cost::run(&args),
         Command::Corpus { dir } => corpus(&dir),
     };
     match result {
