@@ -6,7 +6,8 @@
 //! power loss may or may not keep: any of them, or none, each sector by itself.
 //! After a failed flush a content may be *doomed*: it reads back until the
 //! crash, and no later flush makes it durable, as on a system that marks pages
-//! clean after a failed write-back.
+//! clean after a failed write-back. That is the machine's own doing: what other
+//! machines have written is not doomed by it.
 
 use crate::rng::Stream;
 use crate::trace::Digest;
@@ -33,6 +34,8 @@ impl Sector {
 #[derive(Clone)]
 struct Version {
     write: u64,
+    /// The machine that wrote it.
+    by: u32,
     doomed: bool,
     sector: Sector,
 }
@@ -98,22 +101,23 @@ impl Medium {
             .or_else(|| self.durable.get(&number))
     }
 
-    fn place(&mut self, number: u64, sector: Sector, write: u64, durable: bool) {
+    fn place(&mut self, number: u64, sector: Sector, (write, by): (u64, u32), durable: bool) {
         if durable {
             self.pending.remove(&number);
             self.durable.insert(number, sector);
         } else {
             self.pending.entry(number).or_default().push(Version {
                 write,
+                by,
                 doomed: false,
                 sector,
             });
         }
     }
 
-    /// Writes whole buffers; `durable` for forced unit access.
-    pub fn write(&mut self, offset: u64, bufs: &[IoBuf], durable: bool) {
-        self.write_some(offset, bufs, durable, |_| true);
+    /// Machine `by` writes whole buffers; `durable` for forced unit access.
+    pub fn write(&mut self, offset: u64, bufs: &[IoBuf], by: u32, durable: bool) {
+        self.write_some(offset, bufs, by, durable, |_| true);
     }
 
     /// Writes only the sectors that `keep` chooses: a write that failed or was
@@ -122,6 +126,7 @@ impl Medium {
         &mut self,
         offset: u64,
         bufs: &[IoBuf],
+        by: u32,
         durable: bool,
         mut keep: impl FnMut(u64) -> bool,
     ) {
@@ -135,7 +140,7 @@ impl Medium {
                         buf: Arc::clone(buf),
                         offset: (piece * SECTOR) as u32,
                     };
-                    self.place(number, sector, write, durable);
+                    self.place(number, sector, (write, by), durable);
                 }
                 number += 1;
             }
@@ -162,12 +167,13 @@ impl Medium {
         });
     }
 
-    /// A flush that covered writes before `point` failed: each content may have
-    /// become durable, wait for another flush, or be doomed.
-    pub fn fail_flush(&mut self, point: u64, rng: &Stream) {
+    /// A flush of machine `by` that covered writes before `point` failed: each content
+    /// may have become durable, wait for another flush, or, of its own, be doomed.
+    pub fn fail_flush(&mut self, point: u64, by: u32, rng: &Stream) {
         let durable = &mut self.durable;
         self.pending.retain(|number, versions| {
-            for version in versions.iter_mut().filter(|version| version.write < point) {
+            let covered = |version: &&mut Version| version.write < point && version.by == by;
+            for version in versions.iter_mut().filter(covered) {
                 version.doomed |= rng.chance(400);
             }
             if rng.chance(300)
@@ -203,6 +209,12 @@ impl Medium {
                 self.durable.insert(number, version.sector.clone());
             }
         }
+    }
+
+    /// Whether it shows a content that no flush will make durable.
+    pub fn shows_doomed(&self) -> bool {
+        let mut shown = self.pending.values().filter_map(|versions| versions.last());
+        shown.any(|version| version.doomed)
     }
 
     /// Number of sectors a power loss could still take back.
@@ -268,9 +280,9 @@ mod tests {
     fn a_flush_covers_only_what_completed_before_it_started() {
         let rng = Stream::new(1, "t", 0);
         let mut medium = Medium::new(1 << 20);
-        medium.write(0, &[buf(1, 1)], false);
+        medium.write(0, &[buf(1, 1)], 1, false);
         let point = medium.flush_point();
-        medium.write(4096, &[buf(2, 1)], false);
+        medium.write(4096, &[buf(2, 1)], 1, false);
         medium.settle(point);
         let mut crashed = medium.clone();
         crashed.lose_power(Survival::None, &rng);
@@ -284,8 +296,8 @@ mod tests {
         for seed in 0..200 {
             let rng = Stream::new(seed, "t", 0);
             let mut medium = Medium::new(1 << 20);
-            medium.write(0, &[buf(1, 2)], false);
-            medium.write(0, &[buf(2, 2)], false);
+            medium.write(0, &[buf(1, 2)], 1, false);
+            medium.write(0, &[buf(2, 2)], 1, false);
             medium.lose_power(Survival::Sectors, &rng);
             seen.insert((byte_at(&medium, 0), byte_at(&medium, 1)));
             assert_eq!(medium.unsettled(), 0);
@@ -297,8 +309,8 @@ mod tests {
     fn forced_unit_access_is_durable_at_once() {
         let rng = Stream::new(1, "t", 0);
         let mut medium = Medium::new(1 << 20);
-        medium.write(0, &[buf(1, 1)], false);
-        medium.write(0, &[buf(3, 1)], true);
+        medium.write(0, &[buf(1, 1)], 1, false);
+        medium.write(0, &[buf(3, 1)], 1, true);
         medium.lose_power(Survival::None, &rng);
         assert_eq!(byte_at(&medium, 0), 3);
     }
@@ -309,11 +321,15 @@ mod tests {
         for seed in 0..100 {
             let rng = Stream::new(seed, "t", 0);
             let mut medium = Medium::new(1 << 20);
-            medium.write(0, &[buf(1, 1)], false);
-            medium.fail_flush(medium.flush_point(), &rng);
+            medium.write(0, &[buf(1, 1)], 1, false);
+            medium.write(4096, &[buf(2, 1)], 2, false);
+            medium.fail_flush(medium.flush_point(), 1, &rng);
             assert_eq!(byte_at(&medium, 0), 1, "it still reads back");
+            let doomed = medium.shows_doomed();
             medium.settle(medium.flush_point());
             medium.lose_power(Survival::None, &rng);
+            assert_eq!(byte_at(&medium, 1), 2, "nobody else's flush dooms it");
+            assert_eq!(doomed, byte_at(&medium, 0) == 0);
             lost += u32::from(byte_at(&medium, 0) == 0);
         }
         assert!((10..90).contains(&lost), "lost {lost} of 100");
@@ -322,13 +338,13 @@ mod tests {
     #[test]
     fn hashes_see_contents_not_history() {
         let mut a = Medium::new(1 << 20);
-        a.write(8192, &[buf(1, 2), buf(2, 1)], false);
-        a.write(0, &[buf(0, 1)], false);
+        a.write(8192, &[buf(1, 2), buf(2, 1)], 1, false);
+        a.write(0, &[buf(0, 1)], 1, false);
         let mut b = Medium::new(1 << 20);
-        b.write(8192, &[buf(1, 1)], true);
-        b.write(12288, &[buf(1, 1), buf(2, 1)], true);
+        b.write(8192, &[buf(1, 1)], 1, true);
+        b.write(12288, &[buf(1, 1), buf(2, 1)], 1, true);
         assert_eq!(a.hash(), b.hash());
-        b.write(0, &[buf(9, 1)], true);
+        b.write(0, &[buf(9, 1)], 1, true);
         assert_ne!(a.hash(), b.hash());
     }
 }

@@ -19,6 +19,7 @@ mod chain;
 mod cut;
 mod deaths;
 mod explain;
+mod parts;
 mod search;
 
 use crate::model::recover::Unsettled;
@@ -98,7 +99,7 @@ pub struct Violation {
 pub struct Oracle {
     chain: Chain,
     current: Vec<Record>,
-    /// What the last crash showed without its being durable.
+    /// What the last crash showed and no flush makes durable.
     unsettled: Unsettled,
     /// Beginnings and ends so far.
     count: u64,
@@ -115,6 +116,8 @@ pub struct Oracle {
     shaky: bool,
     /// The storage has lost power since deaths were judged.
     power_lost: bool,
+    /// See [`Oracle::doubt_data`].
+    doubtful: bool,
 }
 
 /// How many steps the searches of one judgement may take.
@@ -139,7 +142,15 @@ impl Oracle {
             opens: BTreeMap::new(),
             shaky: false,
             power_lost: false,
+            doubtful: false,
         }
+    }
+
+    /// Whether the data device shows something, from now on, that no flush will make
+    /// durable: one that covered it has failed. What a mount shows otherwise stays, as
+    /// the data of the dead is flushed before anybody sees it.
+    pub fn doubt_data(&mut self, doubtful: bool) {
+        self.doubtful = doubtful;
     }
 
     /// A state in which the calls so far may have left everything.
@@ -256,7 +267,7 @@ impl Oracle {
 
     fn close_window(&mut self) {
         let mut records = std::mem::take(&mut self.current);
-        mark_weak(&mut records);
+        mark_weak(&mut records, &BTreeMap::new());
         self.chain.push(records);
     }
 
@@ -276,15 +287,25 @@ impl Oracle {
         if verdict.is_none() {
             self.unjudged += 1;
         }
-        self.unsettled = verdict.unwrap_or(Ok(Unsettled::default()))?;
+        let shown = verdict.unwrap_or(Ok(Unsettled::default()))?;
+        self.unsettled = if self.doubtful {
+            shown
+        } else {
+            Unsettled::default()
+        };
         self.lost = false;
         self.chain = Chain::new(observed.clone());
         Ok(())
     }
 }
 
-/// Marks readers that ran while the same object changed in several steps.
-fn mark_weak(records: &mut [Record]) {
+/// Marks readers that ran while the same object changed in several steps. Who is `dead`
+/// since some moment changes nothing after it.
+fn mark_weak(records: &mut [Record], dead: &BTreeMap<u32, u64>) {
+    let over = |record: &Record| {
+        let death = dead.get(&record.cx.seat).copied();
+        record.end().min(death.unwrap_or(u64::MAX))
+    };
     for reader in 0..records.len() {
         let subject = match &records[reader].call {
             call if !call.is_read_only() && !matches!(call, Call::Open { .. }) => {
@@ -306,7 +327,7 @@ fn mark_weak(records: &mut [Record]) {
         let overlapped = records.iter().enumerate().any(|(index, other)| {
             index != reader
                 && other.began <= end
-                && other.end() >= start
+                && over(other) >= start
                 && (other.call.changes_data_of() == Some(subject)
                     || (listing && other.call.changes_entries_of().contains(&Some(subject))))
         });

@@ -238,7 +238,7 @@ impl Server {
             if let Some(peers) = self.peers() {
                 peers.drop_client(rid);
             }
-            if let Err(err) = self.reclaim(rid).await {
+            if let Err(err) = self.reclaim_dead(rid).await {
                 return self.fail(err.fatal());
             }
             self.fences.remove(rid);
@@ -248,7 +248,12 @@ impl Server {
     }
 
     /// Takes back everything of a mount that was fenced, durably (spec 09 section 10).
-    pub(super) async fn reclaim(self: &Rc<Self>, rid: u64) -> Result<()> {
+    ///
+    /// It may have written data in place that no commit of its own has flushed (spec 14
+    /// section 20). Others read that as soon as they get its locks, and what they were
+    /// shown once must not change again: so it is flushed before.
+    async fn reclaim_dead(self: &Rc<Self>, rid: u64) -> Result<()> {
+        self.store.flush_data().await?;
         self.reclaim_all(&[rid]).await
     }
 

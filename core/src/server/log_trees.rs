@@ -174,7 +174,10 @@ impl Store {
             let count = (policy.data_fill_target - have).min(d.sup.data_alloc.total_len.get());
             let (to, from) = (&mut log.data_avail, &mut d.sup.data_alloc);
             self.move_extents(to, from, count, zones).await?;
-            let low = log.data_avail.total_len.get() < policy.data_fill_lo;
+            // Low is the volume, not what one commit could move: as long as the server has
+            // more, or is still taking it back, the mount comes again and gets it.
+            let left = d.sup.data_alloc.total_len.get() + log.data_freed.total_len.get();
+            let low = left == 0 && log.data_avail.total_len.get() < policy.data_fill_lo;
             alloc::set_root_low(&mut log.data_avail, low);
         }
         let zone_blocks = zones.map_or(0, |zones| zones.zone_blocks);

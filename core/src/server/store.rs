@@ -66,7 +66,7 @@ pub struct Store {
     env: Env,
     pub(super) policy: Policy,
     meta: Rc<dyn BlockDevice>,
-    data_device_blocks: u64,
+    data: Rc<dyn BlockDevice>,
     pub(super) cache: Rc<Cache>,
     /// The running transaction.
     pub(super) tx: Tx,
@@ -137,7 +137,7 @@ impl Store {
             env: env.clone(),
             policy,
             meta,
-            data_device_blocks: data.size() >> SM_BLOCK_SHIFT,
+            data,
             cache,
             tx,
             // Mutant: breaks spec 04 section 4, seqs go on where the last server ended.
@@ -198,7 +198,19 @@ impl Store {
 
     /// Small blocks of the data device.
     pub(super) fn data_device_blocks(&self) -> u64 {
-        self.data_device_blocks
+        self.data.size() >> SM_BLOCK_SHIFT
+    }
+
+    /// Makes durable what mounts have written to the data device.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(super) async fn flush_data(&self) -> Result<()> {
+        // Mutant: what a dead mount wrote in place is shown, and may vanish again.
+        if !self.cache.policy().flush || mutant("dead_data_not_flushed") {
+            return Ok(());
+        }
+        Ok(self.data.flush().await?)
     }
 
     /// Large blocks of the metadata device.

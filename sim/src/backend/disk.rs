@@ -329,6 +329,12 @@ impl Disks {
         self.disk(role).medium.borrow().clone()
     }
 
+    /// Whether the data device shows contents that no flush will make durable: one that
+    /// covered them has failed.
+    pub fn shows_doomed_data(&self) -> bool {
+        self.data.medium.borrow().shows_doomed()
+    }
+
     /// Replaces the contents of a device.
     pub fn set_medium(&self, role: DeviceRole, medium: Medium) {
         *self.disk(role).medium.borrow_mut() = medium;
@@ -350,11 +356,17 @@ impl Disk {
         let mut medium = self.medium.borrow_mut();
         let keep = self.rng.below(3);
         for flight in self.flights.take().into_values() {
-            medium.write_some(flight.offset, &flight.bufs, false, |_| match keep {
-                0 => false,
-                1 => true,
-                _ => self.rng.chance(500),
-            });
+            medium.write_some(
+                flight.offset,
+                &flight.bufs,
+                flight.node,
+                false,
+                |_| match keep {
+                    0 => false,
+                    1 => true,
+                    _ => self.rng.chance(500),
+                },
+            );
         }
         if let Some(survival) = survival {
             medium.lose_power(survival, &self.rng);
@@ -385,7 +397,7 @@ impl Disk {
     fn land(&self, flight: &Flight, mut keep: impl FnMut(u64) -> bool) {
         let mut some = false;
         let mut medium = self.medium.borrow_mut();
-        medium.write_some(flight.offset, &flight.bufs, false, |sector| {
+        medium.write_some(flight.offset, &flight.bufs, flight.node, false, |sector| {
             let kept = keep(sector);
             some |= kept;
             kept
@@ -700,7 +712,7 @@ impl BlockDevice for Handle {
                 return Err(ended.error("write", offset, len));
             }
             let mut medium = disk.medium.borrow_mut();
-            medium.write(flight.offset, &flight.bufs, flight.fua);
+            medium.write(flight.offset, &flight.bufs, flight.node, flight.fua);
             drop(medium);
             disk.tell(&flight);
             Ok(())
@@ -714,10 +726,11 @@ impl BlockDevice for Handle {
             return Box::pin(std::future::ready(Err(error)));
         }
         let point = self.disk.medium.borrow().flush_point();
+        let node = self.node;
         let told = self.complete(DiskOp::Flush, 0, 0, move |disk, ended| {
             let mut medium = disk.medium.borrow_mut();
             if ended == Ended::Failed {
-                medium.fail_flush(point, &disk.rng);
+                medium.fail_flush(point, node, &disk.rng);
             }
             if ended != Ended::Well {
                 return Err(ended.error("flush", 0, 0));

@@ -388,6 +388,10 @@ impl Model {
                 inode.mtime.may_set(cx);
                 inode.ctime.may_set(cx);
                 states = vec![next];
+                // It was written; what it waited for was the commit.
+                if matches!(call, Call::Write { sync: true, .. }) && cx.tolerance.link {
+                    states.extend(self.take_effect(call, None, cx));
+                }
             }
             Call::Setattr { .. } => states.extend(self.take_effect(call, None, cx)),
             // An unlink whose commit of the deletion failed, and the like, have happened.

@@ -233,3 +233,28 @@ fn only_an_unlinked_and_closed_file_may_show_fewer_blocks() {
     assert!(admits(&closed, 0, 16) && admits(&closed, 0, 8) && admits(&closed, 0, 0));
     assert!(!admits(&closed, 0, 24), "it does not grow");
 }
+
+#[test]
+fn a_synchronous_write_that_fails_may_be_there_only_if_its_commit_was_cut_off() {
+    let state = create(&Model::new(S_IFDIR | 0o755), "a", 1024, 5);
+    let call = |sync| Call::Write {
+        ino: 1024,
+        offset: 0,
+        len: 5000,
+        tag: 1,
+        append: false,
+        sync,
+    };
+    let sizes = |sync, error, link| -> Vec<u64> {
+        let mut cx = cx(9);
+        cx.tolerance.link = link;
+        cx.tolerance.io = true;
+        let states = state.apply(&call(sync), &Reply::Err(error), &cx);
+        let sizes = states.iter().map(|state| state.get(1024).unwrap().size);
+        sizes.collect()
+    };
+    assert_eq!(sizes(true, Errno::ENOLINK, true), [0, 5000]);
+    assert_eq!(sizes(false, Errno::ENOLINK, true), [0]);
+    assert_eq!(sizes(true, Errno::EIO, false), [0]);
+    assert!(sizes(true, Errno::ENOLINK, false).is_empty());
+}

@@ -7,12 +7,13 @@
 //! may be there in part.
 
 use super::chain::{Chain, Nth};
+use super::parts::part;
 use super::search::mark_of;
 use super::{Record, Violation};
 use crate::model::recover::{Later, Unsettled};
-use crate::model::{BLOCK, Call, Inode, Model, Reply};
+use crate::model::{Call, Model, Reply};
 use outrider_core::env::HashSet;
-use outrider_core::fs::api::{Ino, SetAttr};
+use outrider_core::fs::api::Ino;
 
 /// Judges what was recovered; gives what of it is not durable. `None` if the
 /// search was given up. `unsettled` is what was not durable at the crash before.
@@ -34,8 +35,7 @@ pub(super) fn judge(
                 Nth::NoMore => continue,
                 Nth::GaveUp => return None,
             }
-            let mut cut = Cut::new(chain, window, observed, steps);
-            cut.unsettled = (window == 0).then_some(unsettled);
+            let mut cut = Cut::new(chain, window, (observed, unsettled), steps);
             if cut.step(chain.state(window, number)) {
                 return Some(Ok(cut.shown()));
             }
@@ -47,7 +47,7 @@ pub(super) fn judge(
             break;
         }
     }
-    let text = explain(chain, oldest..=last, observed);
+    let text = explain(chain, oldest..=last, (observed, unsettled));
     Some(Err(Violation {
         kind: "durability",
         text,
@@ -55,11 +55,15 @@ pub(super) fn judge(
 }
 
 /// The prefix that is nearest to what was recovered, in words.
-fn explain(chain: &Chain, windows: std::ops::RangeInclusive<usize>, observed: &Model) -> String {
+fn explain(
+    chain: &Chain,
+    windows: std::ops::RangeInclusive<usize>,
+    seen: (&Model, &Unsettled),
+) -> String {
     let mut nearest: Option<Near> = None;
     for window in windows.rev() {
         let mut steps = 2000;
-        let mut cut = Cut::new(chain, window, observed, &mut steps);
+        let mut cut = Cut::new(chain, window, seen, &mut steps);
         cut.measuring = true;
         cut.step(chain.state(window, 0));
         let nearer = |new: &Near| nearest.as_ref().is_none_or(|old| new.key() < old.key());
@@ -96,6 +100,8 @@ struct Cut<'a> {
     done: Vec<bool>,
     /// Digest of `done`.
     marks: u64,
+    /// Calls of earlier windows that have happened.
+    earlier: Vec<&'a Call>,
     /// Calls of later windows.
     later: Vec<&'a Call>,
     observed: &'a Model,
@@ -106,21 +112,30 @@ struct Cut<'a> {
     gave_up: bool,
     measuring: bool,
     nearest: Option<Near>,
-    /// What was not durable at the crash before, in the first window after it.
-    unsettled: Option<&'a Unsettled>,
+    /// What was not durable at the crash before.
+    unsettled: &'a Unsettled,
     /// The state that was found.
     found: Option<Model>,
 }
 
 impl<'a> Cut<'a> {
-    fn new(chain: &'a Chain, window: usize, observed: &'a Model, steps: &'a mut u64) -> Self {
+    fn new(
+        chain: &'a Chain,
+        window: usize,
+        (observed, unsettled): (&'a Model, &'a Unsettled),
+        steps: &'a mut u64,
+    ) -> Self {
         let records: Vec<&Record> = chain
             .records(window)
             .iter()
             .filter(|record| record.has_effect() && !is_nameless(record))
             .collect();
-        let later = (window + 1..chain.len())
-            .flat_map(|window| chain.records(window))
+        let of = |windows: std::ops::Range<usize>| windows.flat_map(|window| chain.records(window));
+        let earlier = of(0..window)
+            .filter(|record| record.has_effect() && !record.is_uncertain())
+            .map(|record| &record.call)
+            .collect();
+        let later = of(window + 1..chain.len())
             .map(|record| &record.call)
             .collect();
         let named: HashSet<Ino> = (0..=window)
@@ -136,6 +151,7 @@ impl<'a> Cut<'a> {
             done: vec![false; records.len()],
             records,
             marks: 0,
+            earlier,
             later,
             observed,
             strangers: observed
@@ -149,7 +165,7 @@ impl<'a> Cut<'a> {
             gave_up: false,
             measuring: false,
             nearest: None,
-            unsettled: None,
+            unsettled,
             found: None,
         }
     }
@@ -259,23 +275,23 @@ impl<'a> Cut<'a> {
         });
         Later::new(calls)
             .with_cut_short(cut_short)
-            .with_unsettled(self.still_unsettled())
+            .with_unsettled(self.unsettled, self.written())
     }
 
-    /// A commit flushes: so only while nothing has been committed.
-    fn still_unsettled(&self) -> Option<&'a Unsettled> {
-        self.unsettled.filter(|_| !self.done.contains(&true))
+    /// The calls that are in the state.
+    fn written(&self) -> Vec<&'a Call> {
+        let done = (0..self.records.len()).filter(|index| self.done[*index]);
+        let done = done.map(|index| &self.records[index].call);
+        self.earlier.iter().copied().chain(done).collect()
     }
 
-    /// What was recovered without being durable.
+    /// What was recovered without being of the state.
     fn shown(&self) -> Unsettled {
         let state = self.found.as_ref().expect("a state was found");
         let left_out = self.left_out().map(|index| &self.records[index].call);
         let calls: Vec<&Call> = left_out.chain(self.later.iter().copied()).collect();
         let mut shown = Unsettled::new(state, self.observed, &calls);
-        if let Some(earlier) = self.still_unsettled() {
-            shown.add(earlier.clone());
-        }
+        shown.add(self.unsettled.clone().left(&self.written()));
         shown
     }
 
@@ -345,71 +361,4 @@ pub(super) fn is_making(call: &Call) -> bool {
         call,
         Call::Mknod { .. } | Call::Mkdir { .. } | Call::Symlink { .. } | Call::Create { .. }
     )
-}
-
-/// What the earlier ones of a call's transactions did, if what was observed shows
-/// that they, and not all, are there.
-pub(super) fn part(call: &Call, state: &Model, observed: &Model) -> Option<Call> {
-    let ino = call.changes_data_of()?;
-    let (file, seen) = (state.get(ino)?, observed.get(ino)?);
-    if !file.is_file() {
-        return None;
-    }
-    let grown = (seen.size > file.size).then_some(seen.size);
-    match call {
-        Call::Write { .. } => part_of_write(call, file, seen, grown),
-        Call::Fallocate {
-            keep: false,
-            offset,
-            len,
-            ..
-        } => {
-            let end = grown.filter(|end| (offset + 1..offset + len).contains(end))?;
-            Some(Call::Fallocate {
-                ino,
-                keep: false,
-                offset: *offset,
-                len: end - offset,
-            })
-        }
-        // The size comes first, everything else last (spec 14 section 11).
-        Call::Setattr { set, .. } => {
-            let set = SetAttr {
-                size: set.size,
-                ..SetAttr::default()
-            };
-            Some(Call::Setattr { ino, set })
-        }
-        _ => None,
-    }
-}
-
-fn part_of_write(call: &Call, file: &Inode, seen: &Inode, grown: Option<u64>) -> Option<Call> {
-    let Call::Write {
-        ino,
-        offset,
-        len,
-        tag,
-        append,
-        sync,
-    } = call
-    else {
-        return None;
-    };
-    let offset = if *append { file.size } else { *offset };
-    let end = offset + u64::from(*len);
-    let filled = (offset / BLOCK..end.div_ceil(BLOCK))
-        .rev()
-        .find(|block| seen.blocks.contains_key(block) && !file.blocks.contains_key(block));
-    // As little as shows: more of it may be there as a later write in place.
-    let shown = filled.unwrap_or(offset / BLOCK);
-    let stop = grown.unwrap_or((shown + 1) * BLOCK);
-    (offset + 1..end).contains(&stop).then(|| Call::Write {
-        ino: *ino,
-        offset,
-        len: (stop - offset) as u32,
-        tag: *tag,
-        append: false,
-        sync: *sync,
-    })
 }

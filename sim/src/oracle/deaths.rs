@@ -12,12 +12,13 @@
 //! other one has touched.
 
 use super::chain::{Chain, Nth};
-use super::cut::{is_making, is_nameless, part};
+use super::cut::{is_making, is_nameless};
 use super::explain::explain;
+use super::parts::{Sights, part};
 use super::search::mark_of;
 use super::{Oracle, Record, Violation, mark_weak};
 use crate::model::recover::{Later, Unsettled};
-use crate::model::{Call, Model, Reply};
+use crate::model::{Call, Context, Model, Reply};
 use outrider_core::env::HashSet;
 use outrider_core::fs::api::Ino;
 use std::cell::Cell;
@@ -85,6 +86,8 @@ struct Search<'a, 'b> {
     cut_short: Vec<Ino>,
     /// Inodes that nobody's answer has named.
     strangers: Vec<Ino>,
+    /// What was seen of files.
+    sights: Option<&'a Sights>,
     done: Vec<bool>,
     marks: u64,
     visited: HashSet<(u64, u64)>,
@@ -125,6 +128,7 @@ impl<'a, 'b> Search<'a, 'b> {
             unsettled: None,
             cut_short: Vec::new(),
             strangers: strangers.into_iter().collect(),
+            sights: None,
             marks: 0,
             visited: HashSet::default(),
             left: 0,
@@ -214,7 +218,11 @@ impl<'a, 'b> Search<'a, 'b> {
             if states.is_empty() && self.shows_lost(state, &record.call, reply) {
                 states.push(state.clone());
             }
-            if item.role == Role::Certain || !record.is_uncertain() {
+            if item.role == Role::Certain {
+                return states;
+            }
+            if !record.is_uncertain() {
+                states.extend(self.parts(state, record, &record.cx));
                 return states;
             }
         }
@@ -230,17 +238,32 @@ impl<'a, 'b> Search<'a, 'b> {
                 .extend(unknown.filter_map(|ino| state.take_effect(&record.call, Some(ino), &cx)));
         }
         states.extend(state.take_effect(&record.call, None, &cx));
+        states.extend(self.parts(state, record, &cx));
         states
     }
 
-    /// Whether a read shows what the lost calls have written: data is written in
-    /// place before the transaction is committed, so it stays where there was a block
+    /// What is there if only some transactions of a call were committed.
+    fn parts(&self, state: &Model, record: &Record, cx: &Context) -> Vec<Model> {
+        let sights = self.sights.into_iter();
+        sights
+            .flat_map(|sights| sights.parts(&record.call, state, cx))
+            .collect()
+    }
+
+    /// Whether a read shows what calls have written that are lost, or not there yet:
+    /// data is written in place before the transaction is committed, so it stays where there was a block
     /// (spec 14 section 20).
     fn shows_lost(&self, state: &Model, call: &Call, reply: &Reply) -> bool {
         let (Call::Read { ino, offset, len }, Reply::Bytes(got)) = (call, reply) else {
             return false;
         };
-        let later = Later::new(self.lost.iter().copied());
+        let open = self.open().map(|index| &self.items[index]);
+        let possible = open.filter(|item| item.role == Role::Possible);
+        let calls = possible.map(|item| &item.record.call);
+        let mut later = Later::new(calls.chain(self.lost.iter().copied()));
+        if let Some(unsettled) = self.unsettled {
+            later = later.with_unsettled(unsettled, self.written());
+        }
         state
             .get(*ino)
             .is_some_and(|file| later.explains_read(*ino, file, *offset, *len, got))
@@ -249,9 +272,17 @@ impl<'a, 'b> Search<'a, 'b> {
     fn later(&self) -> Later<'a> {
         let left_out = self.open().map(|index| &self.items[index].record.call);
         let calls: Vec<&'a Call> = left_out.chain(self.lost.iter().copied()).collect();
-        Later::new(calls)
-            .with_unsettled(self.unsettled)
-            .with_cut_short(self.cut_short.iter().copied())
+        let later = Later::new(calls).with_cut_short(self.cut_short.iter().copied());
+        match self.unsettled {
+            Some(unsettled) => later.with_unsettled(unsettled, self.written()),
+            None => later,
+        }
+    }
+
+    /// The calls that are in the state.
+    fn written(&self) -> Vec<&'a Call> {
+        let done = (0..self.items.len()).filter(|index| self.done[*index]);
+        done.map(|index| &self.items[index].record.call).collect()
     }
 
     fn compare(&mut self, state: &Model) -> Option<Model> {
@@ -345,7 +376,7 @@ impl Oracle {
             current.iter().all(|r| r.reply.is_some() || !lives(r)),
             "every call of those who live has ended"
         );
-        mark_weak(&mut current);
+        mark_weak(&mut current, &dead);
         let fragile = |record: &Record| record.has_effect() && !record.durable;
         let shaky = current.iter().any(|r| lives(r) && fragile(r))
             || self.chain.records_mut().any(|r| lives(r) && fragile(r));
@@ -355,7 +386,14 @@ impl Oracle {
             .filter(|r| !lives(r) && r.call.changes_data_of().is_some())
             .map(|r| r.call.clone())
             .collect();
-        let earlier = std::mem::take(&mut self.unsettled);
+        let promised: Vec<Call> = current
+            .iter()
+            .chain(self.chain.records_mut().map(|record| &*record))
+            .filter(|r| r.is_promised() && r.call.changes_data_of().is_some())
+            .map(|r| r.call.clone())
+            .collect();
+        let promised: Vec<&Call> = promised.iter().collect();
+        let earlier = std::mem::take(&mut self.unsettled).left(&promised);
         let gone = std::mem::take(&mut self.power_lost).then_some(&earlier);
         let mut left = self.budget;
         let verdict = if self.lost {
@@ -372,11 +410,13 @@ impl Oracle {
         self.steps += self.budget - left;
         let state = match verdict {
             Some(Ok(state)) => {
-                // What a dead mount has written in place is seen, and nobody need flush it.
-                let calls: Vec<&Call> = written.iter().collect();
-                self.unsettled = Unsettled::new(&state, observed, &calls);
-                if gone.is_none() {
-                    self.unsettled.add(earlier);
+                // What a dead mount has written in place is seen.
+                if self.doubtful {
+                    let calls: Vec<&Call> = written.iter().collect();
+                    self.unsettled = Unsettled::new(&state, observed, &calls);
+                    if gone.is_none() {
+                        self.unsettled.add(earlier);
+                    }
                 }
                 *state
             }
@@ -471,6 +511,7 @@ fn judge(
             base: chain.state(first, number),
             observed,
             unsettled,
+            sights: Sights::new(records.iter().filter_map(|r| r.reply.as_ref()), observed),
             budget: *left,
             spent: Cell::new(0),
         };
@@ -537,6 +578,7 @@ struct Chooser<'a> {
     base: &'a Model,
     observed: &'a Model,
     unsettled: Option<&'a Unsettled>,
+    sights: Sights,
     budget: u64,
     spent: Cell<u64>,
 }
@@ -573,12 +615,13 @@ impl Chooser<'_> {
         search.lost = lost;
         search.unsettled = self.unsettled;
         search.cut_short = cut_short;
+        search.sights = Some(&self.sights);
         search.run(self.base, budget, &self.spent)
     }
 
     /// When a dead mount's last transaction may have begun, the latest first: before
     /// one of its calls began; or while one was under way, after another that had
-    /// begun later, which is then kept.
+    /// begun later, which is then kept, or between two transactions of its own.
     fn times(&self, seat: u32) -> Vec<u64> {
         let of_seat = self.records.iter().filter(|r| r.cx.seat == seat);
         let fragile: Vec<&Record> = of_seat
@@ -587,9 +630,11 @@ impl Chooser<'_> {
         let outlasts = |long: &Record, short: &Record| {
             long.began < short.began && short.end() < long.end() && long.end() < u64::MAX
         };
+        let in_steps =
+            |record: &Record| record.call.changes_data_of().is_some() && record.end() < u64::MAX;
         let late = fragile
             .iter()
-            .filter(|long| fragile.iter().any(|short| outlasts(long, short)))
+            .filter(|long| in_steps(long) || fragile.iter().any(|short| outlasts(long, short)))
             .map(|long| long.end());
         let mut times: Vec<u64> = fragile.iter().map(|r| r.began).chain(late).collect();
         times.sort_unstable();

@@ -589,7 +589,7 @@ fn after_a_search_was_given_up_nothing_is_judged_until_the_state_is_seen() {
 }
 
 #[test]
-fn contents_that_were_shown_before_a_commit_flushed_them_may_be_taken_back() {
+fn what_was_shown_stays_unless_a_flush_of_it_has_failed() {
     let [first, second] = file();
     let with_page = |tag| {
         let over = (write(1024, 0, 4096, tag), Reply::Number(4096));
@@ -601,7 +601,7 @@ fn contents_that_were_shown_before_a_commit_flushed_them_may_be_taken_back() {
     };
     let old = state_after(&[first.clone(), second.clone()]);
     // Two writes in place, neither committed; the mount after the crash shows one.
-    let shown = || {
+    let shown = |doubtful| {
         let mut o = with_file();
         for tag in [2, 3] {
             run(
@@ -612,32 +612,83 @@ fn contents_that_were_shown_before_a_commit_flushed_them_may_be_taken_back() {
                 20,
             );
         }
+        o.doubt_data(doubtful);
         o.recovered(&with_page(3)).unwrap();
         o
     };
+    shown(false).recovered(&with_page(3)).unwrap();
+    refused(&mut shown(false), &old);
+    refused(&mut shown(false), &with_page(2));
     for state in [&old, &with_page(2), &with_page(3)] {
-        shown().recovered(state).unwrap();
+        shown(true).recovered(state).unwrap();
     }
-    refused(&mut shown(), &with_page(4));
+    refused(&mut shown(true), &with_page(4));
     // Over several crashes, too.
-    let mut o = shown();
+    let mut o = shown(true);
     o.recovered(&with_page(2)).unwrap();
     o.recovered(&with_page(3)).unwrap();
     o.recovered(&old).unwrap();
-    // But not once something has been committed.
-    let committed = || {
-        let mut o = shown();
+    // Whatever else is committed; but not once it is written again.
+    let committed = |block: u64| {
+        let mut o = shown(true);
         let mode = attr(1024, 0o600, 16384, 4);
         run(&mut o, chmod(1024, 0o600), mode, 30, 40);
-        run(&mut o, Call::Syncfs, Reply::Done, 50, 60);
+        let call = write(1024, block * 4096, 10, 5);
+        run(&mut o, call, Reply::Number(10), 50, 60);
+        run(&mut o, Call::Syncfs, Reply::Done, 70, 80);
         o
     };
-    let with_mode = |mut state: Model| {
+    let after = |mut state: Model, block: u64| {
         state.get_mut(1024).mode = S_IFREG | 0o600;
-        state
+        let call = write(1024, block * 4096, 10, 5);
+        let mut next = state.apply(&call, &Reply::Number(10), &cx(50, 60));
+        next.remove(0)
     };
-    committed().recovered(&with_mode(with_page(3))).unwrap();
-    refused(&mut committed(), &with_mode(old.clone()));
+    for state in [&old, &with_page(2), &with_page(3)] {
+        committed(1).recovered(&after(state.clone(), 1)).unwrap();
+    }
+    refused(&mut committed(1), &after(with_page(4), 1));
+    committed(0).recovered(&after(with_page(3), 0)).unwrap();
+    refused(&mut committed(0), &after(old.clone(), 0));
+    refused(&mut committed(0), &after(with_page(2), 0));
+}
+
+#[test]
+fn who_is_cut_off_may_have_shown_a_write_that_then_failed_to_be_committed() {
+    let start = |sync: bool| {
+        let mut o = oracle();
+        run(&mut o, create("a"), made(1024), 10, 20);
+        let mut severed = cx(30, 60);
+        severed.tolerance.link = true;
+        let call = Call::Write {
+            ino: 1024,
+            offset: 0,
+            len: 5000,
+            tag: 1,
+            append: false,
+            sync,
+        };
+        let number = o.begin(call, severed);
+        let seek = Call::Seek {
+            ino: 1024,
+            offset: 4112,
+            hole: true,
+        };
+        run(&mut o, seek, Reply::Number(5000), 40, 50);
+        o.end(number, Reply::Err(Errno::ENOLINK), severed);
+        o
+    };
+    start(true).quiet().unwrap();
+    assert_eq!(start(false).quiet().unwrap_err().kind, "answers");
+    // What came before was committed; the write may be or not, but nothing else.
+    let empty = state_after(&[(create("a"), made(1024))]);
+    let wrote = (write(1024, 0, 5000, 1), Reply::Number(5000));
+    let full = state_after(&[(create("a"), made(1024)), wrote]);
+    start(true).recovered(&empty).unwrap();
+    start(true).recovered(&full).unwrap();
+    let other = (write(1024, 0, 5000, 2), Reply::Number(5000));
+    let other = state_after(&[(create("a"), made(1024)), other]);
+    refused(&mut start(true), &other);
 }
 
 /// One call of a mount, all of it after what came before.
@@ -719,4 +770,148 @@ fn a_read_may_show_what_a_dead_mount_wrote_in_place_and_nothing_else() {
     assert_eq!(attempt(&[1], 2, &[1, 2]), Ok(()), "it stayed in place");
     assert!(attempt(&[1], 3, &[1]).is_err(), "nobody wrote that");
     assert!(attempt(&[], 2, &[]).is_err(), "there was no place for it");
+}
+
+/// Whether mount 1 may have ended in `call`, or after its answer, if mount 2 then did
+/// and saw all of `seen` and `end` is what is there.
+fn cut_off(call: &Call, answer: Option<Reply>, seen: &[(Call, Reply)], end: &Model) -> bool {
+    let mut oracle = oracle();
+    by(&mut oracle, 2, create("a"), made(7));
+    by(
+        &mut oracle,
+        2,
+        write(7, 0, 20_000, 1),
+        Reply::Number(20_000),
+    );
+    by(&mut oracle, 2, create("b"), made(8));
+    by(&mut oracle, 2, Call::Syncfs, Reply::Done);
+    let one = Context {
+        seat: 1,
+        ..cx(0, 0)
+    };
+    let number = oracle.begin(call.clone(), one);
+    if let Some(answer) = answer {
+        oracle.end(number, answer, one);
+    }
+    let at = oracle.moment();
+    for (call, reply) in seen {
+        by(&mut oracle, 2, call.clone(), reply.clone());
+    }
+    by(&mut oracle, 2, Call::Syncfs, Reply::Done);
+    oracle.lost(&[Death { seat: 1, at }], end).is_ok()
+}
+
+fn getattr(ino: Ino, size: u64, blocks: u64) -> (Call, Reply) {
+    (Call::Getattr { ino }, attr(ino, 0o644, size, blocks))
+}
+
+#[test]
+fn others_may_see_a_truncation_that_a_dead_mount_has_not_finished() {
+    let long = [
+        (create("a"), made(7)),
+        (write(7, 0, 20_000, 1), Reply::Number(20_000)),
+        (create("b"), made(8)),
+    ];
+    let cut = (truncate(7, 5000), attr(7, 0o644, 5000, 2));
+    let short: Vec<_> = long.iter().cloned().chain([cut.clone()]).collect();
+    let (long, short) = (state_of(&long), state_of(&short));
+    let with_left = |blocks: &[u64]| {
+        let mut state = short.clone();
+        for block in blocks {
+            let page = std::rc::Rc::clone(&long.get(7).unwrap().blocks[block]);
+            state.get_mut(7).blocks.insert(*block, page);
+        }
+        state
+    };
+    let ends = |seen: &[(Call, Reply)], end: &Model| {
+        let unanswered = cut_off(&cut.0, None, seen, end);
+        let answered = cut_off(&cut.0, Some(cut.1.clone()), seen, end);
+        assert_eq!(unanswered, answered, "its last transactions may be lost");
+        answered
+    };
+    for (blocks, left) in [(5, &[2, 3, 4][..]), (4, &[3, 4]), (3, &[4]), (2, &[])] {
+        assert!(ends(&[getattr(7, 5000, blocks)], &with_left(left)));
+    }
+    assert!(ends(&[], &with_left(&[3, 4])));
+    assert!(ends(&[getattr(7, 20_000, 5)], &long), "nothing of it");
+    let wrong = [
+        getattr(7, 5000, 6),
+        getattr(7, 5000, 1),
+        getattr(7, 6000, 4),
+        getattr(7, 20_000, 4),
+        getattr(8, 5000, 2),
+    ];
+    for seen in wrong {
+        assert!(!ends(std::slice::from_ref(&seen), &with_left(&[3, 4])));
+    }
+    // Nobody works at it any more, until a write finishes it.
+    assert!(!ends(
+        &[getattr(7, 5000, 4), getattr(7, 5000, 3)],
+        &with_left(&[4])
+    ));
+    assert!(!ends(
+        &[getattr(7, 5000, 2), getattr(7, 20_000, 5)],
+        &with_left(&[])
+    ));
+    let over = (write(7, 0, 10, 2), Reply::Number(10));
+    let written = short.apply(&over.0, &over.1, &cx(0, 0)).remove(0);
+    let seen = [getattr(7, 5000, 4), over.clone(), getattr(7, 5000, 2)];
+    assert!(ends(&seen, &written));
+    let seen = [getattr(7, 5000, 4), over, getattr(7, 5000, 4)];
+    assert!(!ends(&seen, &written));
+}
+
+#[test]
+fn others_may_see_the_beginning_of_a_write_that_a_dead_mount_has_not_finished() {
+    let base = [
+        (create("a"), made(7)),
+        (write(7, 0, 20_000, 1), Reply::Number(20_000)),
+        (create("b"), made(8)),
+    ];
+    let wrote = |len: u32| (write(8, 0, len, 5), Reply::Number(u64::from(len)));
+    let after = |len: u32| {
+        let calls: Vec<_> = base.iter().cloned().chain([wrote(len)]).collect();
+        state_of(&calls)
+    };
+    let ends = |seen: &[(Call, Reply)], end: &Model| {
+        let unanswered = cut_off(&wrote(20_000).0, None, seen, end);
+        let answered = cut_off(&wrote(20_000).0, Some(wrote(20_000).1), seen, end);
+        assert_eq!(unanswered, answered, "its last transactions may be lost");
+        answered
+    };
+    let read = |len: u32, tag| {
+        let call = Call::Read {
+            ino: 8,
+            offset: 0,
+            len: 32_768,
+        };
+        (call, Reply::Bytes(crate::model::pattern(tag, 0, len)))
+    };
+    // Somebody saw it, and then wrote more: in the end only that shows.
+    let more = (write(8, 8192, 20_000, 6), Reply::Number(20_000));
+    let end = after(8192).apply(&more.0, &more.1, &cx(0, 0)).remove(0);
+    let seen = |first| [first, more.clone()];
+    assert!(ends(&seen(getattr(8, 8192, 2)), &end));
+    assert!(ends(
+        &[getattr(8, 8192, 2), read(8192, 5), more.clone()],
+        &end
+    ));
+    assert!(!ends(
+        &[getattr(8, 8192, 2), read(8192, 4), more.clone()],
+        &end
+    ));
+    assert!(!ends(
+        &[getattr(8, 8192, 2), read(4096, 5), more.clone()],
+        &end
+    ));
+    assert!(!ends(&seen(getattr(8, 8192, 3)), &end));
+    assert!(
+        !ends(&seen(getattr(8, 8000, 2)), &end),
+        "whole blocks are there"
+    );
+    assert!(!ends(&seen(getattr(8, 4096, 1)), &end), "less was seen");
+    assert!(!ends(
+        &[getattr(8, 8192, 2), getattr(8, 12_288, 3), more.clone()],
+        &end
+    ));
 }

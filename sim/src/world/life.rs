@@ -470,6 +470,8 @@ async fn look_around<S: System>(
         Waited::Done(Err(_)) if fate.is_severed() => return Ok(false),
         Waited::Done(Err(text)) => return Err(violation("audit", text)),
     };
+    let doubtful = fate.host.disks.shows_doomed_data();
+    world.oracle.borrow_mut().doubt_data(doubtful);
     world.oracle.borrow_mut().recovered(&observed)?;
     scene.table.borrow_mut().fill(&observed);
     world.note("judged", &[observed.inodes.len() as u64], || {

@@ -367,7 +367,9 @@ impl<S: System> Cluster<S> {
             self.note(0, "judged", &[deaths.len() as u64], || {
                 format!("{deaths:?}")
             });
-            return self.oracle.borrow_mut().lost(&deaths, &observed);
+            let mut oracle = self.oracle.borrow_mut();
+            oracle.doubt_data(self.disks.shows_doomed_data());
+            return oracle.lost(&deaths, &observed);
         }
     }
 
