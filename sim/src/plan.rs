@@ -9,7 +9,7 @@ pub mod cluster;
 pub mod tuning;
 
 use crate::rng::Stream;
-use crate::stress::{Stress, add_bursts};
+use crate::stress::{Held, Stress, add_bursts};
 use cluster::ClusterPlan;
 use outrider_core::env::{DeviceRole, Entropy};
 use serde::{Deserialize, Serialize};
@@ -478,7 +478,10 @@ impl Plan {
     pub fn tuned(seed: u64, tuning: &Tuning, stress: bool) -> (Plan, Knobs) {
         let knobs = tuning.of_seed(seed);
         let mut plan = Self::draw(seed, tuning.profile, &knobs);
-        if stress && plan.cluster.is_none() {
+        if stress && plan.cluster.is_some() {
+            plan.config.stress.held = Some(Held::draw(seed));
+            knobs.config(&mut plan.config);
+        } else if stress {
             plan.config.stress = Stress::draw(seed, plan.config.profile);
             plan.config.stress.clone().resize(&mut plan.config);
             knobs.config(&mut plan.config);

@@ -47,6 +47,8 @@ fn requests_end(state: &Snapshot, events: &[Event]) -> usize {
             .filter(|e| (state.nanos..until).contains(&e.nanos));
         !between.any(|event| matches!(event.kind, "DEATH" | "FENCED" | "BLACKOUT" | "pause"))
             && !state.frozen.contains(&request.node)
+            // What ended while its machine stood still is handed over later.
+            && request.ends >= state.nanos
             && request.ends + 1_000_000 < events.last().expect("events").nanos
     });
     let found = sure.map(|request| {
@@ -60,7 +62,11 @@ fn requests_end(state: &Snapshot, events: &[Event]) -> usize {
                 && event.text.starts_with(&text)
                 && (request.ends..request.ends + 100_000).contains(&event.nanos)
         });
-        assert!(ended, "{request:?}");
+        let near = events
+            .iter()
+            .filter(|e| e.nanos.abs_diff(request.ends) < 200_000);
+        let near: Vec<String> = near.map(Event::line).collect();
+        assert!(ended, "{request:?} at {}: {near:#?}", state.nanos);
     });
     found.count()
 }

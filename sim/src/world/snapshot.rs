@@ -505,13 +505,19 @@ impl fmt::Display for Snapshot {
         for request in &self.requests {
             write!(
                 f,
-                "\n  n{} {} {:?} {:#x}+{:#x} since {} s, ends at {} s",
+                "\n  n{} {} {:?} {:#x}+{:#x} since {} s, {} {} s",
                 request.node,
                 request.op.event(),
                 request.device,
                 request.offset,
                 request.len,
                 seconds(request.asked),
+                // Its machine stands still, or has until now.
+                if request.ends < self.nanos {
+                    "overdue since"
+                } else {
+                    "ends at"
+                },
                 seconds(request.ends)
             )?;
         }
