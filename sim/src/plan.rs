@@ -8,7 +8,7 @@
 pub mod cluster;
 
 use crate::rng::Stream;
-use crate::stress::{Stress, add_bursts};
+use crate::stress::{Held, Stress, add_bursts};
 use cluster::ClusterPlan;
 use outrider_core::env::{DeviceRole, Entropy};
 use serde::{Deserialize, Serialize};
@@ -470,6 +470,7 @@ impl Plan {
     pub fn stressed(seed: u64, profile: Option<Profile>) -> Plan {
         let mut plan = Self::from_seed(seed, profile);
         if plan.cluster.is_some() {
+            plan.config.stress.held = Some(Held::draw(seed));
             return plan;
         }
         plan.config.stress = Stress::draw(seed, plan.config.profile);

@@ -96,6 +96,39 @@ pub struct Held {
     pub by: u64,
 }
 
+/// The yield points of core where holding a task up for long is worth while.
+const POINTS: [&str; 11] = [
+    "log.read_in",
+    "log.commit.items",
+    "log.commit.written",
+    "log.commit.flushed",
+    "log.commit.answered",
+    "server.reclaim",
+    "server_commit.blocks_stable",
+    "fs.change",
+    "fs.held",
+    "locks.revoke.committed",
+    "locks.revoke.dropped",
+];
+
+impl Held {
+    /// Draws one for a seed, at any point.
+    pub fn draw(seed: u64) -> Self {
+        let rng = Stream::new(seed, "held", 0);
+        let (permille, by) = rng.pick(&[
+            (500, 5_000_000),
+            (100, 100_000_000),
+            (20, 2_000_000_000),
+            (5, 8_000_000_000),
+        ]);
+        Self {
+            point: rng.pick(&POINTS).to_owned(),
+            permille,
+            by,
+        }
+    }
+}
+
 /// Sizes and delays beyond the usual ones. The default changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
