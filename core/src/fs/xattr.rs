@@ -400,13 +400,13 @@ impl Fs {
     /// Deletes all xattrs of an inode that is being deleted, a transaction for
     /// each item (spec 13 section 14). Can be repeated after a crash.
     pub(super) async fn delete_xattrs(&self, locked: &Locked, ino: Ino) -> FsResult<()> {
-        let (first, last) = (
-            Key::xattr(ino, 0, 0, 0),
-            Key::xattr(ino, u32::MAX, u64::MAX, u8::MAX),
-        );
+        let last = Key::xattr(ino, u32::MAX, u64::MAX, u8::MAX);
         let guard = locked.of(ino).clone();
         let mut zone: Option<(Scope, LockGuard)> = None;
-        while let Some((key, value)) = self.log.next(&guard, &first, &last).await? {
+        // Never from the front again: until a merge there is a deletion item for each
+        // that is gone, and to skip them all for every one takes quadratic time.
+        let mut from = Key::xattr(ino, 0, 0, 0);
+        while let Some((key, value)) = self.log.next(&guard, &from, &last).await? {
             let effects = deletion_effects(&key, &value);
             let wanted = match &effects {
                 Effects { total: Some(_), .. } => Some(Scope::Totl),
@@ -432,6 +432,10 @@ impl Fs {
             }
             .await;
             change.finish(done).await?;
+            if key == last {
+                break;
+            }
+            from = key.inc();
         }
         Ok(())
     }

@@ -127,12 +127,19 @@ impl Fs {
         block: u64,
     ) -> FsResult<()> {
         let guard = locked.of(inode.ino);
-        while block <= LAST_BLOCK && self.next_extent(guard, inode.ino, block).await?.is_some() {
+        // What is gone is behind it: to skip its deletion items from the front for every
+        // extent takes quadratic time.
+        let mut from = block;
+        while from <= LAST_BLOCK && self.next_extent(guard, inode.ino, from).await?.is_some() {
             let mut change = self.change(locked, &[inode.touch(false)], false).await?;
             let done = async {
                 for _ in 0..self.data.policy().extents_per_change {
-                    let next = self.next_extent(guard, inode.ino, block).await?;
+                    if from > LAST_BLOCK {
+                        break;
+                    }
+                    let next = self.next_extent(guard, inode.ino, from).await?;
                     let Some(extent) = next else { break };
+                    from = extent.end();
                     let gone = extent.part(block.max(extent.start), extent.end());
                     if gone.len == extent.len {
                         remove(&mut change, inode, extent).await?;
