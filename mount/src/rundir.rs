@@ -19,6 +19,8 @@
 //! What can go wrong: directories of mounts that were killed stay behind. Each holds a
 //! lock while its mount lives; a new mount removes those whose lock is free.
 
+mod writer;
+
 use crate::options::{MountOptions, parse_number};
 use outrider_core::env::{Duration, Time};
 use outrider_core::format::QuorumEventKind;
@@ -29,6 +31,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use writer::Writer;
 
 /// The volume option that there is.
 const ZONE_BLOCKS: &str = "volume_options/data_alloc_zone_blocks";
@@ -89,6 +92,8 @@ pub struct RunDir {
     zone_blocks: Option<(Stamp, String)>,
     shown: Option<AgentStatus>,
     counters: BTreeMap<String, u64>,
+    /// Gone only while the directory is being removed.
+    writer: Option<Writer>,
 }
 
 /// Tells whether a file was written since.
@@ -160,6 +165,7 @@ impl RunDir {
             zone_blocks: None,
             shown: None,
             counters: BTreeMap::new(),
+            writer: Some(Writer::start()?),
         };
         let data = fs::metadata(facts.data)?;
         // Of a plain file there is no device number to tell.
@@ -201,12 +207,15 @@ impl RunDir {
         self.path.join("fence")
     }
 
-    /// Replaces a file.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn write(&self, name: &str, text: &str) -> io::Result<()> {
+    fn write(&self, name: &str, text: &str) -> io::Result<()> {
         replace(&self.path.join(name), text, 0o444)
+    }
+
+    /// Replaces a file, soon, without waiting for it.
+    pub fn show(&self, name: &str, text: String) {
+        if let Some(writer) = &self.writer {
+            writer.write(self.path.join(name), text);
+        }
     }
 
     /// Shows the quorum agent's state, if it is another than was shown.
@@ -214,14 +223,12 @@ impl RunDir {
         if self.shown.as_ref() == Some(status) {
             return;
         }
-        let leads = u8::from(status.member.is_leader()).to_string();
-        let written = self
-            .write("quorum/status", &quorum_status(status, now))
-            .and_then(|()| self.write("quorum/is_leader", &leads));
-        match written {
-            Ok(()) => self.shown = Some(status.clone()),
-            Err(error) => tracing::debug!(%error, "runtime directory"),
+        let leads = |status: &AgentStatus| status.member.is_leader();
+        if self.shown.as_ref().map(leads) != Some(leads(status)) {
+            self.show("quorum/is_leader", u8::from(leads(status)).to_string());
         }
+        self.show("quorum/status", quorum_status(status, now));
+        self.shown = Some(status.clone());
     }
 
     fn offer_heartbeat(&mut self, ms: u64) -> io::Result<()> {
@@ -258,17 +265,13 @@ impl RunDir {
 
 impl RunDir {
     /// Shows counters that have changed.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn show_counters(&mut self, sums: &BTreeMap<String, u64>) -> io::Result<()> {
+    pub fn show_counters(&mut self, sums: &BTreeMap<String, u64>) {
         for (name, count) in sums {
             if self.counters.get(name) != Some(count) {
-                self.write(&format!("counters/{name}"), &format!("{count}\n"))?;
+                self.show(&format!("counters/{name}"), format!("{count}\n"));
                 self.counters.insert(name.clone(), *count);
             }
         }
-        Ok(())
     }
 
     /// Shows the volume option in use; with `anew` also if the file says so already,
@@ -316,6 +319,7 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
+        self.writer.take();
         let _ = fs::remove_dir_all(&self.path);
     }
 }
@@ -443,6 +447,7 @@ mod tests {
         status.member.term = 9;
         status.member.vote_bits = 5;
         dir.show_quorum(&status, Time(0));
+        dir.writer.as_ref().unwrap().settle();
         let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
         assert_eq!(read("quorum/is_leader"), "1");
         let shown = read("quorum/status");

@@ -82,13 +82,9 @@ fn show_all(shown: &Rc<RefCell<Option<RunDir>>>, mount: &Mount, counters: &Count
     }
     let mut shown = shown.borrow_mut();
     let Some(dir) = shown.as_mut() else { return };
-    let written = dir
-        .show_counters(&sums)
-        .and_then(|()| dir.write("client_locks", &client_locks(mount)))
-        .and_then(|()| dir.write("status.json", &format!("{:#}\n", status(mount))));
-    if let Err(error) = written {
-        tracing::debug!(%error, "runtime directory");
-    }
+    dir.show_counters(&sums);
+    dir.show("client_locks", client_locks(mount));
+    dir.show("status.json", format!("{:#}\n", status(mount)));
     // It is there for the next time.
     mount.reports().ask();
 }
