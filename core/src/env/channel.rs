@@ -1,5 +1,5 @@
-//! Waiting within one actor. Across actors use `tokio::sync` channels: they
-//! need no runtime and wake in the order of arrival.
+//! Waiting within one actor. Across actors use `tokio::sync` channels, but
+//! for [`watch`](super::watch): they need no runtime and wake in the order of arrival.
 
 pub use tokio::sync::Notify;
 

@@ -22,6 +22,7 @@ pub mod testing;
 #[cfg(any(test, feature = "testing"))]
 pub mod testnet;
 mod time;
+pub mod watch;
 
 pub use buf::{ALIGN, AlignedBuf, IoBuf};
 pub use channel::{Gate, Notify, Signal};

@@ -17,6 +17,7 @@ use super::brain::{Brain, Effect, Input, Message, MessageKind, Policy, ServerPha
 use super::config::Slots;
 use super::leaders::stop_would_hide;
 use super::leaders::unresolved;
+use crate::env::watch;
 use crate::env::{
     Datagram, DeviceError, DeviceRole, Duration, Either, Env, LocalBoxFuture, NetError, probe, race,
 };
@@ -26,7 +27,6 @@ use bytes::Bytes;
 use std::rc::Rc;
 use std::sync::Arc;
 use thiserror::Error;
-use tokio::sync::watch;
 
 /// One run of the own server.
 pub trait ServerInstance {
@@ -188,7 +188,7 @@ impl AgentHandle {
     pub async fn started(&self) -> Result<(), Arc<AgentError>> {
         let mut status = self.status.clone();
         let seen = status.wait_for(|s| s.phase != AgentPhase::Starting).await;
-        match seen.as_deref() {
+        match &seen {
             Ok(AgentStatus {
                 phase: AgentPhase::Ended(Err(error)),
                 ..
@@ -204,7 +204,7 @@ impl AgentHandle {
     pub async fn ended(&self) -> Result<(), Arc<AgentError>> {
         let mut status = self.status.clone();
         let ended = status.wait_for(|s| matches!(s.phase, AgentPhase::Ended(_)));
-        match ended.await.as_deref() {
+        match &ended.await {
             Ok(AgentStatus {
                 phase: AgentPhase::Ended(result),
                 ..

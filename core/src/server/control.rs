@@ -8,10 +8,10 @@
 
 use super::ServerConfig;
 use crate::env::Env;
+use crate::env::watch;
 use crate::quorum::ServerPhase;
 use crate::secure::secured;
 use std::sync::Arc;
-use tokio::sync::watch;
 
 /// Where a server instance is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,7 +76,7 @@ impl Control {
 
     /// Where the server is now.
     pub fn status(&self) -> Status {
-        if self.status.has_changed().is_err() {
+        if self.status.is_closed() {
             return Status::Down;
         }
         *self.status.borrow()

@@ -9,6 +9,7 @@ use super::actor::Server;
 use super::error::Result;
 use super::{Store, items};
 use crate::env::probe;
+use crate::env::watch;
 use crate::format::{Key, LogMergeStatus, LogTrees};
 use crate::locks::Mode;
 use crate::locks::server::{List, TableEntry};
@@ -16,7 +17,6 @@ use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
 use std::rc::Rc;
 use std::sync::Arc;
-use tokio::sync::watch;
 
 /// Most waiting lock requests in a report.
 const WAITS_MAX: usize = 64;

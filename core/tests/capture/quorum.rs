@@ -7,6 +7,7 @@ use super::pcap::{self, unzstd};
 use bytes::Bytes;
 use outrider_core::env::testing::{MemDevice, TestWorld};
 use outrider_core::env::testnet::{TestNet, TestNetHandle};
+use outrider_core::env::watch;
 use outrider_core::env::{
     Datagram, Duration, Entropy, Env, Listener, LocalBoxFuture, NetError, Network, Signal, Stream,
     WallTime,
@@ -23,7 +24,6 @@ use outrider_core::volume::{MkfsOptions, mkfs};
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddrV4;
 use std::rc::Rc;
-use tokio::sync::watch;
 use zerocopy::FromBytes;
 
 const PORT: u16 = 19700;

@@ -12,6 +12,7 @@ use super::config::{ConfigError, Slots};
 use super::leaders::{LeaderCandidate, fence_candidates, find_server, stop_would_hide, superseded};
 use crate::env::testing::{TestEntropy, TestWorld};
 use crate::env::testnet::{TestNet, TestNetHandle};
+use crate::env::watch;
 use crate::env::{Duration, Entropy, Env, LocalBoxFuture, Signal, Time};
 use crate::format::{
     InetAddr, Magic, QUORUM_BLKNO, QuorumBlock, QuorumConfig, QuorumEventKind, SM_BLOCK_SIZE,
@@ -22,7 +23,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::rc::Rc;
-use tokio::sync::watch;
 
 const A: u64 = 0xa;
 const B: u64 = 0xb;
