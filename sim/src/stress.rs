@@ -50,12 +50,14 @@ pub enum Theme {
     Late,
     /// Reads that are held up while what they are about is deleted and merged.
     Outrun,
+    /// File data of a killed mount that nobody has flushed, and a power loss soon after.
+    Bereft,
     /// Reads of blocks that are used again meanwhile.
     Reuse,
 }
 
 /// Themes with their weights; the rest of a thousand has none.
-const THEMES: [(Theme, u64); 11] = [
+const THEMES: [(Theme, u64); 12] = [
     (Theme::Mixed, 220),
     (Theme::Torn, 60),
     (Theme::Flaky, 60),
@@ -66,8 +68,9 @@ const THEMES: [(Theme, u64); 11] = [
     (Theme::Severed, 60),
     (Theme::Late, 90),
     (Theme::Reuse, 130),
-    // The last one: the seeds of the others keep theirs.
+    // New ones come last: the seeds of the others keep theirs.
     (Theme::Outrun, 60),
+    (Theme::Bereft, 50),
 ];
 
 impl Theme {
@@ -231,7 +234,7 @@ impl Stress {
         // that wait a little.
         let late = rng.pick(&[(5, 3_000_000_000), (10, 1_000_000_000), (100, 50_000_000)]);
         match theme {
-            Theme::Mixed => usual,
+            Theme::Mixed | Theme::Bereft => usual,
             Theme::Torn => Self {
                 extents_per_change: 1,
                 inodes_per_lock: rng.pick(&[0, 1]),

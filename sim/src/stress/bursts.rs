@@ -60,6 +60,7 @@ fn play(theme: Theme, rng: &Stream, lives: &mut Vec<LifePlan>) {
             Theme::Severed => severed(rng),
             Theme::Late => late(rng),
             Theme::Outrun => outrun(rng),
+            Theme::Bereft => bereft(rng),
             Theme::Reuse => reuse(rng),
         };
         lives.splice(at..at, act);
@@ -428,6 +429,45 @@ fn late(rng: &Stream) -> Vec<LifePlan> {
         windows.push(window(tasks, rng.chance(300), rng.chance(300)));
     }
     vec![life(windows, Vec::new(), End::Unmount)]
+}
+
+/// Files are written over in place and the process is killed in the middle; what the
+/// next mount shows of that must outlive the power loss that comes soon.
+fn bereft(rng: &Stream) -> Vec<LifePlan> {
+    let files: Vec<u16> = (0..4).map(|_| any(rng)).collect();
+    let write = |sync: bool| PlanOp::Write {
+        file: rng.pick(&files),
+        offset: rng.below(6) * 4096,
+        len: rng.pick(&[4096, 8192, 20_000]),
+        sync,
+    };
+    let made = (0..4).map(create).chain((0..12).map(|_| write(false)));
+    let mut over: Vec<PlanOp> = (0..10).map(|_| write(false)).collect();
+    over.push(PlanOp::Syncfs);
+    let doom = |most| PlanOp::Doom {
+        requests: 1 + rng.below(most) as u16,
+    };
+    over.insert(rng.below(10) as usize, doom(12));
+    let first = life(
+        vec![
+            window(vec![made.collect()], true, false),
+            window(vec![over], false, false),
+        ],
+        Vec::new(),
+        End::Kill(When::Operations(u32::MAX)),
+    );
+    let little = vec![
+        doom(20),
+        write(rng.chance(500)),
+        PlanOp::Syncfs,
+        write(true),
+    ];
+    let second = life(
+        vec![window(vec![little], false, false)],
+        Vec::new(),
+        End::PowerLoss(When::Operations(u32::MAX), Loss::AllUnflushed),
+    );
+    vec![first, second]
 }
 
 /// Few objects that many read, again and again, while each is removed, committed
