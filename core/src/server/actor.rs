@@ -396,7 +396,7 @@ async fn leaders_to_fence(
                 true => config.policy.leader_stop_patience,
                 false => config.policy.leader_grace,
             };
-            has_slot(leader, block) && waited < patience
+            has_slot(leader, block) && waited < patience && !config.fence.is_gone(leader.rid)
         };
         if !leaders.iter().any(may_stop) {
             return Ok(leaders);

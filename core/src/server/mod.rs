@@ -93,7 +93,9 @@ pub struct Policy {
     /// How long all earlier leaders together may take to be fenced (09 section 9.2).
     pub leader_fence_timeout: Duration,
     /// How long a new leader looks whether an earlier one, which did not record its
-    /// stop, learns of the election by itself, before it has it fenced.
+    /// stop, learns of the election by itself, before it has it fenced. On a busy machine
+    /// a healthy one needs some tenths of a second; of one whose death the agent can
+    /// prove nothing is waited for.
     pub leader_grace: Duration,
     /// How long such a one may take to record its stop.
     pub leader_stop_patience: Duration,
@@ -121,7 +123,7 @@ impl Default for Policy {
         Self {
             recovery_timeout: Duration::from_secs(30),
             leader_fence_timeout: Duration::from_secs(15),
-            leader_grace: Duration::from_millis(100),
+            leader_grace: Duration::from_millis(500),
             leader_stop_patience: Duration::from_secs(3),
             fence_timeout: Duration::from_secs(30),
             reconnect_timeout: Duration::from_secs(20),
