@@ -31,6 +31,7 @@ pub mod trace;
 pub mod backend;
 #[cfg(madsim)]
 pub mod case;
+#[cfg(madsim)]
 pub mod cost;
 #[cfg(madsim)]
 pub mod kernel;
