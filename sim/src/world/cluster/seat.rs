@@ -308,6 +308,7 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
                 desk: Desk::of_seat(office, fate),
                 table: RefCell::default(),
             });
+            scene.give_launder();
             scene.table.borrow_mut().know(world.oracle.borrow().state());
             *seat.mounted.borrow_mut() = Some(Mounted { mount, scene });
             world.note(fate.host.node.id, "mounted", &[life], String::new);
