@@ -86,6 +86,8 @@ pub struct MountOptions {
     pub watchdog_timeout: Option<Duration>,
     /// `cluster_key`: file of the volume's key; ours.
     pub cluster_key: Option<PathBuf>,
+    /// `birth_time`: statx(2) tells it, for one more request per cold stat; ours.
+    pub birth_time: bool,
     /// `ro`.
     pub read_only: bool,
     /// `allow_other`: other users than the daemon's may use the mount.
@@ -114,6 +116,7 @@ impl Default for MountOptions {
             watchdog: None,
             watchdog_timeout: None,
             cluster_key: None,
+            birth_time: false,
             read_only: false,
             allow_other: false,
             flags: Vec::new(),
@@ -253,6 +256,7 @@ impl MountOptions {
                 self.watchdog_timeout = Some(ms(1000, HEARTBEAT_MS.1)?);
             }
             ("scsi_pr", None) => self.scsi_pr = true,
+            ("birth_time", None) => self.birth_time = true,
             ("ro", None) => self.read_only = true,
             ("rw" | "defaults", None) => {}
             ("allow_other", None) => self.allow_other = true,
