@@ -69,7 +69,7 @@ pub const OPERATIONS: [&str; super::OP_KINDS] = [
 ];
 
 /// All keys, but those of `config` and `ops`, with what they mean.
-const KEYS: [(&str, Kind, &str); 35] = [
+const KEYS: [(&str, Kind, &str); 36] = [
     (
         "workload.lives",
         Count(1, 20),
@@ -151,6 +151,11 @@ const KEYS: [(&str, Kind, &str); 35] = [
         Chance,
         "the death of each node in a round",
     ),
+    (
+        "cluster.at_steps",
+        Chance,
+        "a world in which mounts die at steps of the crash tables",
+    ),
     ("cluster.blackout", Chance, "a blackout in a round"),
     (
         "cluster.rolling",
@@ -159,7 +164,7 @@ const KEYS: [(&str, Kind, &str); 35] = [
     ),
     (
         "cluster.agents",
-        Name(&["Prompt", "Slow", "Fail", "Hang", "Bar", "Lie"]),
+        Name(&["Prompt", "Slow", "Fail", "Hang", "Bar", "Lie", "Local"]),
         "fence agents",
     ),
     (

@@ -1,6 +1,7 @@
 //! One life of the mount after the other.
 
 use super::audit::{Auditor, observe};
+use super::cluster::steps;
 use super::workload::{Desk, Scene};
 use super::{MountError, System, World};
 use crate::backend::{Host, spawn};
@@ -43,6 +44,8 @@ pub(super) struct Fate {
     /// Operations left until the end, if the plan counts them.
     countdown: Cell<Option<u32>>,
     action: RefCell<Option<End>>,
+    /// The step at which it was struck, if the plan named one.
+    pub(super) struck_at: Cell<Option<&'static str>>,
     /// Other machines use the devices, too.
     shared: bool,
     /// Told at once when the process dies otherwise than in peace.
@@ -60,6 +63,7 @@ impl Fate {
             calm,
             countdown: Cell::new(None),
             action: RefCell::new(None),
+            struck_at: Cell::new(None),
             shared,
             on_death: RefCell::default(),
         })
@@ -102,6 +106,7 @@ impl Fate {
     pub(super) fn disarm(&self) {
         self.action.take();
         self.countdown.set(None);
+        self.host.sim.clear_step(self.host.life.seat());
         if self.shared {
             self.host.disks.clear_trap_of(self.host.node.id);
         }
@@ -148,6 +153,30 @@ impl Fate {
                 self.host.disks.set_trap(requests, strike);
             }
         }
+    }
+
+    /// Lets the end of this life come at a step of the crash tables.
+    fn doom_at(self: &Rc<Self>, place: u8, times: u8) {
+        let Some(probe) = steps::probe_at(place) else {
+            return; // A plan of a later version.
+        };
+        let weak = Rc::downgrade(self);
+        let seat = self.host.life.seat();
+        self.host.sim.set_step(seat, probe, times, move || {
+            if let Some(fate) = weak.upgrade() {
+                fate.struck_at.set(Some(probe));
+                fate.strike();
+            }
+        });
+    }
+
+    /// It gives up by itself: what it answers from now on is as of a mount that is
+    /// unmounted by force.
+    pub(super) fn give_up(&self) {
+        let sim = &self.host.sim;
+        let (now, node) = (sim.now(), self.host.node.id);
+        sim.trace.event(now, node, "GIVES UP", &[], String::new);
+        self.severed.open();
     }
 
     /// A call begins.
@@ -297,6 +326,7 @@ pub(super) fn arm(fate: &Rc<Fate>, end: End, now: u64) {
         }
         When::Request(nth) => fate.doom(nth),
         When::Operations(count) => fate.countdown.set(Some(count)),
+        When::Step(place, times) => fate.doom_at(place, times),
     }
 }
 

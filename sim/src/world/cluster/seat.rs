@@ -213,11 +213,13 @@ async fn take_seat<S: System>(
     world.fates.borrow_mut().push(Rc::clone(&fate));
     let weak = Rc::downgrade(world);
     let (condemned, node_id) = (fate.condemned.clone(), node.id);
+    let own = Rc::downgrade(&fate);
     *fate.on_death.borrow_mut() = Some(Box::new(move || {
         let Some(world) = weak.upgrade() else { return };
         world.note(node_id, "dead", &[u64::from(seat_number)], String::new);
         world.calm_after(world.sim.now() + 60 * SECOND);
-        let last = world.sim.last_probe(seat_number);
+        let struck_at = own.upgrade().and_then(|fate| fate.struck_at.get());
+        let last = struck_at.or_else(|| world.sim.last_probe(seat_number));
         if let Some(step) = last.and_then(steps::death_after) {
             probe(step);
         }
@@ -250,13 +252,16 @@ fn prepare<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>, ending: Ending
 fn tolerance<S: System>(world: &Cluster<S>) -> Tolerance {
     let rounds = world.cluster().rounds.iter();
     let mut troubles = rounds.flat_map(|round| &round.troubles);
+    // Who gives up answers with errors before the world is told of it.
+    let gives_up = world.cluster().out_of_touch_ms > 0;
+    let disk = troubles.any(|trouble| {
+        matches!(
+            trouble,
+            crate::plan::cluster::Trouble::Disk(DiskFault::Error { .. })
+        )
+    });
     Tolerance {
-        io: troubles.any(|trouble| {
-            matches!(
-                trouble,
-                crate::plan::cluster::Trouble::Disk(DiskFault::Error { .. })
-            )
-        }),
+        io: gives_up || disk,
         space: false,
         link: false,
     }
@@ -309,6 +314,16 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
                 table: RefCell::default(),
             });
             scene.table.borrow_mut().know(world.oracle.borrow().state());
+            let (own, its) = (Rc::clone(&mount), Rc::downgrade(fate));
+            let watch = async move {
+                own.evicted().await;
+                let fate = its.upgrade().filter(|fate| !fate.is_condemned());
+                if let Some(fate) = fate {
+                    // Nobody has declared it dead: it was out of touch for too long.
+                    fate.give_up();
+                }
+            };
+            crate::backend::spawn(&world.sim, &fate.host.life, Box::pin(watch));
             *seat.mounted.borrow_mut() = Some(Mounted { mount, scene });
             world.note(fate.host.node.id, "mounted", &[life], String::new);
             Ok(Went::Well)
