@@ -565,7 +565,11 @@ async fn serve_kernel(
         noatime: has("noatime"),
     };
     let fd = Arc::new(kernel::mount(&config.mountpoint, &kernel_options)?);
-    let session = Session::new(fd.clone(), SessionOptions::default());
+    let session_options = SessionOptions {
+        birth_time: options.birth_time,
+        ..SessionOptions::default()
+    };
+    let session = Session::new(fd.clone(), session_options);
     let running = {
         let session = session.clone();
         let fs = mount.fs().clone();

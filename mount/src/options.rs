@@ -89,6 +89,8 @@ pub struct MountOptions {
     pub out_of_touch: Option<Duration>,
     /// `cluster_key`: file of the volume's key; ours.
     pub cluster_key: Option<PathBuf>,
+    /// `birth_time`: statx(2) tells it, for one more request per cold stat; ours.
+    pub birth_time: bool,
     /// `ro`.
     pub read_only: bool,
     /// `allow_other`: other users than the daemon's may use the mount.
@@ -118,6 +120,7 @@ impl Default for MountOptions {
             watchdog_timeout: None,
             out_of_touch: Some(Duration::from_secs(300)),
             cluster_key: None,
+            birth_time: false,
             read_only: false,
             allow_other: false,
             flags: Vec::new(),
@@ -261,6 +264,7 @@ impl MountOptions {
                 self.watchdog_timeout = Some(ms(1000, HEARTBEAT_MS.1)?);
             }
             ("scsi_pr", None) => self.scsi_pr = true,
+            ("birth_time", None) => self.birth_time = true,
             ("ro", None) => self.read_only = true,
             ("rw" | "defaults", None) => {}
             ("allow_other", None) => self.allow_other = true,

@@ -287,6 +287,10 @@ fn inodes<P: Posix + 'static>(
                 Err(errno) => reply.err(errno),
             };
         }),
+        // The kernel then asks for no more of them, and uses what LOOKUP told.
+        Op::Statx if !session.options().birth_time => {
+            reply.err(Errno::ENOSYS);
+        }
         Op::Statx => session.start(header, async move {
             match posix.getattr(&cx, ino).await {
                 Ok((attr, valid)) => reply.value(&reply::statx_out(&attr, valid)),

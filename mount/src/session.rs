@@ -63,6 +63,10 @@ pub struct SessionOptions {
     pub async_read: bool,
     /// Let the kernel check permissions by mode and ACL: always, except in tests.
     pub posix_acl: bool,
+    /// Answer STATX, with the time of birth. The kernel keeps every other attribute of
+    /// a LOOKUP, but that time it must ask for: one more request for each cold stat of a
+    /// program that wants it.
+    pub birth_time: bool,
 }
 
 impl Default for SessionOptions {
@@ -71,6 +75,7 @@ impl Default for SessionOptions {
             max_background: 1024,
             async_read: true,
             posix_acl: true,
+            birth_time: false,
         }
     }
 }
@@ -154,6 +159,10 @@ impl Session {
     /// Requests read so far.
     pub fn served(&self) -> u64 {
         self.served.get()
+    }
+
+    pub(crate) fn options(&self) -> &SessionOptions {
+        &self.options
     }
 
     pub(crate) fn promise(&self) -> Promise {

@@ -70,6 +70,10 @@ struct Mount {
 }
 
 fn mount() -> Option<Mount> {
+    mount_with(SessionOptions::default())
+}
+
+fn mount_with(session_options: SessionOptions) -> Option<Mount> {
     if !kernel::is_root() || !Path::new("/dev/fuse").exists() {
         eprintln!("skipped: needs root and /dev/fuse");
         return None;
@@ -84,7 +88,7 @@ fn mount() -> Option<Mount> {
     };
     let fd = Arc::new(kernel::mount(dir.path(), &options).unwrap());
     let (ask, asked) = tokio::sync::mpsc::unbounded_channel();
-    let thread = std::thread::spawn(move || serve(fd, asked));
+    let thread = std::thread::spawn(move || serve(fd, session_options, asked));
     Some(Mount {
         dir,
         ask,
@@ -94,6 +98,7 @@ fn mount() -> Option<Mount> {
 
 fn serve(
     fd: Arc<std::os::fd::OwnedFd>,
+    options: SessionOptions,
     mut asked: tokio::sync::mpsc::UnboundedReceiver<Ask>,
 ) -> Ended {
     let runtime = Runtime::new(RuntimeConfig {
@@ -103,7 +108,7 @@ fn serve(
     });
     let main = |env: outrider_core::env::Env| async move {
         let fs = Rc::new(MemFs::new(&env));
-        let session = Session::new(Arc::clone(&fd), SessionOptions::default());
+        let session = Session::new(Arc::clone(&fd), options);
         let notifier = Rc::new(Notifier::new().unwrap());
         let (s, n, m) = (Rc::clone(&session), Rc::clone(&notifier), Rc::clone(&fs));
         env.spawn("ask", async move {
@@ -236,9 +241,22 @@ fn files_directories_and_links() {
         let meta = fs::symlink_metadata(m.path(name)).unwrap();
         assert_eq!((meta.mode(), meta.rdev()), (mode | 0o640, dev));
     }
-    let meta = fs::metadata(m.path("p")).unwrap();
-    assert!(meta.created().is_ok(), "statx has the time of birth");
     assert_eq!(m.end(Unmount::default()), Ended::Unmounted);
+}
+
+#[test]
+fn the_time_of_birth_is_told_where_it_is_wanted() {
+    for birth_time in [false, true] {
+        let options = SessionOptions {
+            birth_time,
+            ..SessionOptions::default()
+        };
+        let Some(m) = mount_with(options) else { return };
+        fs::write(m.path("f"), "x").unwrap();
+        let meta = fs::metadata(m.path("f")).unwrap();
+        assert_eq!((meta.len(), meta.created().is_ok()), (1, birth_time));
+        assert_eq!(m.end(Unmount::default()), Ended::Unmounted);
+    }
 }
 
 #[test]
