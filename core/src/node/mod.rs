@@ -334,24 +334,26 @@ impl Mount {
         let out_of_touch = self.out_of_touch;
         self.env.spawn("evicted", async move {
             let declared_dead = race(client.evicted(), guard.lost());
-            match race(declared_dead, too_long_alone(&env, &client, out_of_touch)).await {
-                Either::Left(_) => {
-                    tracing::error!("this mount was declared dead by its cluster and gives up");
-                }
-                Either::Right(limit) => {
-                    probe("node.out_of_touch");
-                    tracing::error!(
-                        ?limit,
-                        "no server was reached for too long: this mount gives up"
-                    );
-                }
+            let why = race(declared_dead, too_long_alone(&env, &client, out_of_touch)).await;
+            let alone = matches!(why, Either::Right(()));
+            if alone {
+                probe("node.out_of_touch");
+                tracing::error!("no server was reached for too long");
+            } else {
+                guard.shut();
             }
-            guard.shut();
+            // Of one that is alone nobody has given anything away yet, and it writes nothing
+            // new (`guard`): what is in flight ends before its users get errors.
             let deadline = env.clock.now() + IN_FLIGHT_PATIENCE;
             if timeout(&*env.clock, deadline, guard.idle()).await.is_none() {
                 tracing::error!("a device does not end the writes it was given");
             }
+            if !alone {
+                tracing::error!("this mount was declared dead by its cluster");
+            }
+            tracing::error!("this mount gives up");
             evicted.open();
+            guard.shut();
         });
         Ok(())
     }
@@ -436,6 +438,11 @@ impl Mount {
     /// long: the caller forces the unmount.
     pub async fn evicted(&self) {
         self.evicted.wait().await;
+    }
+
+    /// Whether [`Mount::evicted`] has completed.
+    pub fn is_evicted(&self) -> bool {
+        self.evicted.is_open()
     }
 
     /// Id of this mount.
@@ -530,19 +537,19 @@ impl Drop for Mount {
     }
 }
 
-/// Completes, with the limit, when the client has been without a server for that long;
-/// noticed within half as much again. Never with none.
+/// Completes when the client has been without a server for that long; noticed within half
+/// as much again. Never without a limit.
 ///
 /// A mount that is cut off has stopped writing long before: its look at the volume says
 /// that nobody knows (`guard`), so nothing of it lands late. What this ends is the
 /// waiting of its users, if no agent ever fences it: they get EIO.
-async fn too_long_alone(env: &Env, client: &Client, limit: Option<Duration>) -> Duration {
+async fn too_long_alone(env: &Env, client: &Client, limit: Option<Duration>) {
     let Some(limit) = limit else {
         return std::future::pending().await;
     };
     loop {
         match client.detached_for() {
-            Some(alone) if alone >= limit => return limit,
+            Some(alone) if alone >= limit => return,
             Some(alone) => env.sleep(limit - alone).await,
             None => env.sleep(limit / 2).await,
         }

@@ -432,10 +432,9 @@ fn die_at_steps(seed: u64, knobs: &Knobs, plan: &mut ClusterPlan) {
         // Only of a server or a leader; any other may not be the first to come there.
         let times = rng.pick(&[1, 1, 1, 2, 5]);
         for node in 0..plan.nodes.len() as u8 {
-            if !rng.chance(600) {
+            if !rng.chance(600) || round.ends.iter().any(|end| end.node == node) {
                 continue;
             }
-            round.ends.retain(|end| end.node != node);
             round.ends.push(Ending {
                 node,
                 when: When::Step(step, times),

@@ -37,6 +37,8 @@ pub(super) struct Fate {
     pub(super) host: Host,
     pub(super) died: Gate,
     severed: Gate,
+    /// Whether the mount has given up by itself.
+    gave_up: RefCell<Option<Box<dyn Fn() -> bool>>>,
     /// Opens when its cluster was told that it is dead, whether it is or not.
     pub(super) condemned: Gate,
     /// World time when the last fault ends.
@@ -59,6 +61,7 @@ impl Fate {
             host: host.clone(),
             died: Gate::default(),
             severed: Gate::default(),
+            gave_up: RefCell::default(),
             condemned: Gate::default(),
             calm,
             countdown: Cell::new(None),
@@ -194,7 +197,18 @@ impl Fate {
     }
 
     pub(super) fn is_severed(&self) -> bool {
-        self.severed.is_open()
+        let gave_up = || {
+            self.gave_up
+                .borrow()
+                .as_ref()
+                .is_some_and(|gave_up| gave_up())
+        };
+        self.severed.is_open() || (!self.is_condemned() && gave_up())
+    }
+
+    /// How to see that the mount has given up by itself.
+    pub(super) fn gives_up_with(&self, gave_up: impl Fn() -> bool + 'static) {
+        *self.gave_up.borrow_mut() = Some(Box::new(gave_up));
     }
 }
 

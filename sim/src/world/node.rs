@@ -204,6 +204,10 @@ impl System for Outrider {
         self.mount.evicted().await;
     }
 
+    fn is_evicted(&self) -> bool {
+        self.mount.is_evicted()
+    }
+
     fn waits(&self) -> String {
         let table = self.mount.locks().table();
         let busy = table.iter().filter(|lock| {

@@ -252,16 +252,13 @@ fn prepare<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>, ending: Ending
 fn tolerance<S: System>(world: &Cluster<S>) -> Tolerance {
     let rounds = world.cluster().rounds.iter();
     let mut troubles = rounds.flat_map(|round| &round.troubles);
-    // Who gives up answers with errors before the world is told of it.
-    let gives_up = world.cluster().out_of_touch_ms > 0;
-    let disk = troubles.any(|trouble| {
-        matches!(
-            trouble,
-            crate::plan::cluster::Trouble::Disk(DiskFault::Error { .. })
-        )
-    });
     Tolerance {
-        io: gives_up || disk,
+        io: troubles.any(|trouble| {
+            matches!(
+                trouble,
+                crate::plan::cluster::Trouble::Disk(DiskFault::Error { .. })
+            )
+        }),
         space: false,
         link: false,
     }
@@ -314,6 +311,10 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
                 table: RefCell::default(),
             });
             scene.table.borrow_mut().know(world.oracle.borrow().state());
+            // Its answers are those of a severed mount from the moment on in which it gives
+            // up, whenever the task that waits for that is scheduled.
+            let weak = Rc::downgrade(&mount);
+            fate.gives_up_with(move || weak.upgrade().is_some_and(|mount| mount.is_evicted()));
             let (own, its) = (Rc::clone(&mount), Rc::downgrade(fate));
             let watch = async move {
                 own.evicted().await;
