@@ -76,7 +76,9 @@ impl Record {
 
     fn has_effect(&self) -> bool {
         !self.call.is_read_only()
-            && !matches!(self.call, Call::Open { .. } | Call::Release { .. })
+            && !self.call.is_store()
+            && self.call.opens().is_none()
+            && !matches!(self.call, Call::Release { .. })
             && (self.is_uncertain() || !matches!(self.reply, Some(Reply::Err(_))))
     }
 
@@ -308,7 +310,7 @@ fn mark_weak(records: &mut [Record], dead: &BTreeMap<u32, u64>) {
     };
     for reader in 0..records.len() {
         let subject = match &records[reader].call {
-            call if !call.is_read_only() && !matches!(call, Call::Open { .. }) => {
+            call if !call.is_read_only() && call.opens().is_none() => {
                 // Answers with attributes come from after the change.
                 match (&call, &records[reader].reply) {
                     (_, Some(Reply::Entry(attr) | Reply::Attr(attr))) => Some(attr.ino),
@@ -323,17 +325,21 @@ fn mark_weak(records: &mut [Record], dead: &BTreeMap<u32, u64>) {
         };
         let Some(subject) = subject else { continue };
         let listing = matches!(records[reader].call, Call::Readdir { .. });
+        let climbing = matches!(records[reader].call, Call::HandleParent { .. });
         let (start, end) = (records[reader].began, records[reader].end());
         let overlapped = records.iter().enumerate().any(|(index, other)| {
             index != reader
                 && other.began <= end
                 && over(other) >= start
                 && (other.call.changes_data_of() == Some(subject)
+                    || (climbing && other.call.changes_entries_of() != [None, None])
                     || (listing && other.call.changes_entries_of().contains(&Some(subject))))
         });
         records[reader].cx.weak = overlapped;
     }
 }
 
+#[cfg(test)]
+mod posix_tests;
 #[cfg(test)]
 mod tests;

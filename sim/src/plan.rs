@@ -6,12 +6,14 @@
 //! what exists when they run, so a plan stays meaningful when parts are removed.
 
 pub mod cluster;
+pub mod posix;
 pub mod tuning;
 
 use crate::rng::Stream;
 use crate::stress::{Held, Stress, add_bursts};
 use cluster::ClusterPlan;
 use outrider_core::env::{DeviceRole, Entropy};
+use posix::PosixOp;
 use serde::{Deserialize, Serialize};
 use tuning::{Knobs, Tuning};
 
@@ -313,6 +315,8 @@ pub enum PlanOp {
     Pause {
         micros: u32,
     },
+    /// Something of the less usual part of POSIX.
+    Posix(PosixOp),
     /// The end of this life, if it is to come, comes at the n-th write or flush from now.
     Doom {
         requests: u16,
@@ -508,7 +512,7 @@ impl Plan {
             config.meta_size = 16_384 * MIB;
         }
         knobs.config(&mut config);
-        let mix = Mix::draw(&rng, profile, &config, knobs);
+        let mix = Mix::draw(&rng, seed, &config, knobs);
         if profile == Profile::Cluster {
             return Plan {
                 seed,
@@ -576,10 +580,12 @@ struct Mix {
     window: u64,
     big: bool,
     max_file: u64,
+    posix: posix::Share,
 }
 
 impl Mix {
-    fn draw(rng: &Stream, profile: Profile, config: &Config, knobs: &Knobs) -> Self {
+    fn draw(rng: &Stream, seed: u64, config: &Config, knobs: &Knobs) -> Self {
+        let profile = config.profile;
         #[rustfmt::skip]
         let mut weights: [u32; OP_KINDS] = [
             // lookup getattr chmod chown utimes truncate readlink mknod mkdir create
@@ -606,7 +612,10 @@ impl Mix {
             weights[write] = weights[write].max(40);
             weights[29] = weights[29].max(10);
         }
-        knobs.weights(&mut weights);
+        knobs.weights(&tuning::OPERATIONS, &mut weights);
+        if weights.iter().all(|weight| *weight == 0) {
+            weights[1] = 1;
+        }
         let tasks = if config.kernel_locks {
             rng.pick(&[1, 2, 4, 8])
         } else {
@@ -621,6 +630,7 @@ impl Mix {
             window: knobs.count("workload.window", window),
             big: knobs.flag("workload.big", big),
             max_file: knobs.count("workload.max_file", max_file),
+            posix: posix::Share::draw(seed, config, knobs),
         }
     }
 }
@@ -796,6 +806,12 @@ fn draw_len(rng: &Stream, mix: &Mix) -> u32 {
 }
 
 fn draw_op(rng: &Stream, config: &Config, mix: &Mix) -> PlanOp {
+    let usual = draw_usual(rng, config, mix);
+    let other = mix.posix.instead(config, mix);
+    other.map_or(usual, PlanOp::Posix)
+}
+
+fn draw_usual(rng: &Stream, config: &Config, mix: &Mix) -> PlanOp {
     if rng.chance(30) {
         let micros = rng.pick(&[10, 1_000, 100_000, 3_000_000]);
         return PlanOp::Pause { micros };

@@ -12,14 +12,17 @@ use bytes::Bytes;
 use outrider_core::env::Duration;
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{
-    Attr, Caller, DirEntry, Entry, FiemapExtent, Ino, KernelCache, Opened, Posix, SetAttr, StatFs,
-    Whence, WriteData, WriteHow, XattrSet,
+    Attr, Caller, DirEntry, Entry, FiemapExtent, Ino, Inval, KernelCache, Opened, Posix, SetAttr,
+    StatFs, Whence, WriteData, WriteHow, XattrSet,
 };
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+/// `O_DIRECT`.
+const O_DIRECT: u32 = 0o40_000;
+
 /// The ways in which the reference can be wrong.
-pub const FLAWS: [&str; 8] = [
+pub const FLAWS: [&str; 13] = [
     "fsync_does_nothing",
     "crash_keeps_half",
     "tail_not_zeroed",
@@ -28,6 +31,11 @@ pub const FLAWS: [&str; 8] = [
     "exclusive_create_opens",
     "rename_keeps_old_name",
     "unsynced_order",
+    "acl_not_inherited",
+    "chmod_leaves_acl",
+    "deleted_handle_opens",
+    "direct_write_leaves_pages",
+    "mapped_page_lost",
 ];
 
 /// The ways in which it can be wrong in a world of several nodes.
@@ -48,6 +56,7 @@ pub struct Reference {
     state: RefCell<Model>,
     rng: Stream,
     next_fh: Cell<u64>,
+    kernel: Rc<dyn KernelCache>,
 }
 
 impl System for Reference {
@@ -72,7 +81,7 @@ impl System for Reference {
         host: &Host,
         _plan: &crate::plan::Plan,
         volume: &Rc<Volume>,
-        _cache: Rc<dyn KernelCache>,
+        kernel: Rc<dyn KernelCache>,
     ) -> Result<Rc<Self>, MountError> {
         let state = volume.durable.borrow().after_crash();
         let mount = Rc::new(Self {
@@ -81,6 +90,7 @@ impl System for Reference {
             volume: Rc::clone(volume),
             state: RefCell::new(state),
             next_fh: Cell::new(1),
+            kernel,
         });
         let (weak, env) = (Rc::downgrade(&mount), host.env("commits"));
         let ticker = env.clone();
@@ -203,6 +213,30 @@ impl Reference {
             {
                 names.remove(3);
             }
+            (Call::Create { .. } | Call::Mkdir { .. } | Call::Mknod { .. }, Reply::Entry(attr))
+                if self.flawed("acl_not_inherited") && before.get(attr.ino).is_none() =>
+            {
+                state.get_mut(attr.ino).xattrs.clear();
+            }
+            (Call::Setattr { ino, set }, Reply::Entry(_))
+                if set.mode.is_some() && self.flawed("chmod_leaves_acl") =>
+            {
+                if let Some(old) = before.get(*ino) {
+                    state.get_mut(*ino).xattrs = old.xattrs.clone();
+                }
+            }
+            (Call::ByHandle { ino }, answer @ Reply::Err(_))
+                if self.flawed("deleted_handle_opens") =>
+            {
+                if let Some(attr) = state.attr(*ino) {
+                    *answer = Reply::Entry(attr);
+                }
+            }
+            (Call::WritePages { .. }, Reply::Number(_))
+                if self.flawed("mapped_page_lost") && self.rng.chance(200) =>
+            {
+                *state = before;
+            }
             (Call::Write { .. }, Reply::Number(_))
                 if self.flawed("write_lost") && self.rng.chance(50) =>
             {
@@ -261,7 +295,7 @@ impl Reference {
         let fh = self.next_fh.get();
         self.next_fh.set(fh + 1);
         Opened {
-            fh,
+            fh: fh << 1,
             keep_cache: self.volume.cluster.is_none(),
             direct_io: false,
         }
@@ -274,11 +308,15 @@ fn owned(name: &[u8]) -> Bytes {
 
 impl Posix for Reference {
     async fn lookup(&self, _: &Caller, parent: Ino, name: &[u8]) -> Result<Entry, Errno> {
-        if name == b"." {
-            return self.entry(Call::Getattr { ino: parent }).await;
-        }
-        let name = owned(name);
-        self.entry(Call::Lookup { dir: parent, name }).await
+        let call = match name {
+            b"." => Call::ByHandle { ino: parent },
+            b".." => Call::HandleParent { ino: parent },
+            name => Call::Lookup {
+                dir: parent,
+                name: owned(name),
+            },
+        };
+        self.entry(call).await
     }
 
     fn forget(&self, _: Ino, _: u64) {}
@@ -370,6 +408,16 @@ impl Posix for Reference {
         new_name: &[u8],
         flags: u32,
     ) -> Result<(), Errno> {
+        if flags & !1 != 0 {
+            let call = Call::Exchange {
+                dir: parent,
+                name: owned(name),
+                to: new_parent,
+                new: owned(new_name),
+                flags,
+            };
+            return self.run(call).await.map(drop);
+        }
         self.run(Call::Rename {
             dir: parent,
             name: owned(name),
@@ -396,9 +444,20 @@ impl Posix for Reference {
         .await
     }
 
-    async fn open(&self, _: &Caller, ino: Ino, _: u32) -> Result<Opened, Errno> {
-        self.run(Call::Open { ino }).await?;
-        Ok(self.open_handle())
+    async fn open(&self, _: &Caller, ino: Ino, flags: u32) -> Result<Opened, Errno> {
+        let direct_io = flags & O_DIRECT != 0;
+        self.run(match direct_io {
+            true => Call::OpenDirect { ino },
+            false => Call::Open { ino },
+        })
+        .await?;
+        let opened = self.open_handle();
+        Ok(Opened {
+            // The kernel's handles say how they were opened.
+            fh: opened.fh | u64::from(direct_io),
+            direct_io,
+            ..opened
+        })
     }
 
     async fn create(
@@ -451,11 +510,16 @@ impl Posix for Reference {
         &self,
         _: &Caller,
         ino: Ino,
-        _: u64,
+        fh: u64,
         offset: u64,
         data: WriteData,
         how: WriteHow,
     ) -> Result<u32, Errno> {
+        if how.from_pages {
+            let data = Bytes::copy_from_slice(&data);
+            let call = Call::WritePages { ino, offset, data };
+            return Ok(self.number(call).await? as u32);
+        }
         // The bytes say which write they are from: find the tag that gives them.
         let len = data.len() as u32;
         let tag = (0..)
@@ -477,6 +541,12 @@ impl Posix for Reference {
             sync: how.sync,
         };
         let written = self.number(call).await?;
+        if fh & 1 != 0 && !self.flawed("direct_write_leaves_pages") {
+            // What was read meanwhile is in the kernel's pages.
+            let (start, len) = (offset, written.max(1));
+            let range = Inval::PageRange { ino, start, len };
+            self.kernel.invalidate(vec![range]).await;
+        }
         if how.sync && !self.flawed("fsync_does_nothing") {
             self.commit();
         }
@@ -577,6 +647,15 @@ impl Posix for Reference {
         offset: u64,
         len: u64,
     ) -> Result<(), Errno> {
+        if mode & !1 != 0 {
+            let call = Call::Punch {
+                ino,
+                mode,
+                offset,
+                len,
+            };
+            return self.run(call).await.map(drop);
+        }
         self.run(Call::Fallocate {
             ino,
             keep: mode != 0,

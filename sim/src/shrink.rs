@@ -508,6 +508,7 @@ fn simpler_ops(op: &PlanOp) -> Vec<PlanOp> {
                 *hold = false;
             }
         }),
+        PlanOp::Posix(op) => ops.extend(op.simpler().into_iter().map(PlanOp::Posix)),
         _ => {}
     }
     ops

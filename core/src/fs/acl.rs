@@ -9,6 +9,7 @@ use super::change::{Change, Locked};
 use super::error::FsResult;
 use super::inode::{Inode, S_IFDIR, S_IFMT, S_ISGID};
 use super::xattr::Stored;
+use crate::env::mutant;
 use crate::errno::Errno;
 use crate::locks::Mode;
 use bytes::Bytes;
@@ -204,7 +205,9 @@ impl Fs {
         umask: u32,
     ) -> FsResult<NewAcls> {
         let mut acls = NewAcls::default();
-        let default = if self.config.policy.acl && dir.next_xattr_id != 0 {
+        // Mutant: breaks spec 13 section 15, Creation.
+        let inherits = self.config.policy.acl && !mutant("acl_not_inherited");
+        let default = if inherits && dir.next_xattr_id != 0 {
             self.stored(locked, dir.ino, Kind::Default.name()).await?
         } else {
             None
@@ -293,7 +296,9 @@ impl Fs {
         locked: &Locked,
         inode: &Inode,
     ) -> FsResult<Option<(Acl, Stored)>> {
-        if !self.config.policy.acl || inode.next_xattr_id == 0 || inode.is_symlink() {
+        // Mutant: breaks spec 13 section 15, chmod.
+        let follows = self.config.policy.acl && !mutant("chmod_leaves_acl");
+        if !follows || inode.next_xattr_id == 0 || inode.is_symlink() {
             return Ok(None);
         }
         let Some(stored) = self.stored(locked, inode.ino, Kind::Access.name()).await? else {

@@ -11,7 +11,7 @@ use super::api::{Entry, Ino};
 use super::change::Change;
 use super::error::{FsError, FsResult};
 use super::inode::Inode;
-use crate::env::{Duration, probe};
+use crate::env::{Duration, mutant, probe};
 use crate::errno::Errno;
 use crate::format::{self, Dirent, Key, NAME_MAX, ROOT_INO};
 use crate::locks::{LockGuard, Mode};
@@ -203,7 +203,8 @@ impl Fs {
         let before = self.revocations.get();
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
         let inode = self.load(&locked, ino).await?;
-        if inode.nlink == 0 {
+        // Mutant: breaks spec 12 section 19.
+        if inode.nlink == 0 && !mutant("deleted_handle_opens") {
             return Err(FsError::Gone(ino));
         }
         Ok(self.entry(&inode, before))

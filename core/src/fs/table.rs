@@ -19,7 +19,7 @@
 
 use super::api::{Ino, Inval};
 use super::data::InodeData;
-use crate::env::{HashMap, WallTime};
+use crate::env::{HashMap, WallTime, mutant};
 use crate::format::{INODE_GROUP_NR, OpenInoMap, OpenInoMapArgs};
 use crate::locks::omap::LocalMap;
 use std::cell::{Cell, RefCell};
@@ -282,7 +282,8 @@ impl InodeTable {
     fn to_pull(&self, group: Ino, dirty_only: bool) -> Vec<Ino> {
         let groups = self.paged.borrow();
         let paged = groups.get(&group).into_iter().flat_map(BTreeMap::keys);
-        let goes = |ino: &Ino| !dirty_only || self.may_dirty(*ino);
+        // Mutant: breaks spec 12 section 25, pages that may be dirty.
+        let goes = |ino: &Ino| !dirty_only || self.may_dirty(*ino) && !mutant("dirty_pages_stay");
         paged.copied().filter(goes).collect()
     }
 

@@ -12,7 +12,7 @@ use super::error::{FsError, FsResult};
 use super::inode::Inode;
 use super::tags::{self, Tags};
 use super::{Fs, acl};
-use crate::env::probe;
+use crate::env::{mutant, probe};
 use crate::errno::Errno;
 use crate::format::{self, Key, MAX_ITEM_VALUE, XATTR_MAX_NAME_LEN, XATTR_MAX_VAL_LEN, Xattr};
 use crate::locks::{LockGuard, Mode, Scope};
@@ -189,7 +189,8 @@ impl Fs {
         let locked = self.lock_inodes(&[ino], Mode::Read).await?;
         let _local = self.local.shared(ino).await;
         let head = self.find_xattr(locked.of(ino), ino, name).await?;
-        if kind.is_some() {
+        // Mutant: breaks spec 13 section 15, Caching.
+        if kind.is_some() && !mutant("acl_not_taken_back") {
             // It keeps ACLs, and that there are none, however long attributes are good.
             self.beliefs.keeps(ino, self.env.clock.now());
         }

@@ -55,7 +55,7 @@ const fn m(name: &'static str, class: u8, nodes: Nodes, what: &'static str) -> M
 }
 
 #[rustfmt::skip]
-static MUTANTS: [Mutant; 46] = [
+static MUTANTS: [Mutant; 52] = [
     m("super_before_flush", 1, One, "the super is written before its blocks are flushed (04 s6, 18 A18)"),
     m("commit_not_durable_reply", 1, One, "a commit is answered before the super is written (18 A18)"),
     m("commit_retries_deltas", 1, One, "a retried commit applies its items again (04 H1)"),
@@ -64,6 +64,9 @@ static MUTANTS: [Mutant; 46] = [
     m("reconnect_resends_nothing", 1, One, "what a broken connection swallowed is not sent again (08 s4, 18 B19)"),
     m("invalidate_before_commit", 2, One, "a lock is given back before the commit (10 s15)"),
     m("kernel_cache_not_invalidated", 2, Many, "the kernel is not told to forget (12 s25)"),
+    m("dirty_pages_stay", 2, Many, "pages that mappings have changed stay in the kernel when others may read (12 s25)"),
+    m("acl_not_taken_back", 2, Many, "the kernel is not told to forget an ACL (13 s15)"),
+    m("direct_write_leaves_pages", 2, One, "a direct write leaves old pages in the kernel (14 s9)"),
     m("early_grant_applied", 2, Many, "a grant that overtakes the end of a revocation is taken at once (10 s8)"),
     m("recovery_tells_new_mode", 2, Many, "a recovering server is told the mode of after the invalidation that still runs (18 A34)"),
     m("write_after_a_pause_unchecked", 3, Many, "who was paused writes without a look at the volume (18 B18)"),
@@ -98,6 +101,9 @@ static MUTANTS: [Mutant; 46] = [
     m("farewell_before_commit", 12, One, "an unmount says farewell before its last commit (08 s11)"),
     m("stop_leaves_waiters", 12, One, "a severed mount leaves tasks waiting for locks (18 A4, C7)"),
     m("join_wrong_parent_key", 13, One, "a join leaves the parent's key of before (02 s22)"),
+    m("acl_not_inherited", 13, One, "what is made in a directory gets no ACL from it (13 s15)"),
+    m("chmod_leaves_acl", 13, One, "a chmod leaves the access ACL as it was (13 s15)"),
+    m("deleted_handle_opens", 13, One, "the handle of a deleted inode still opens it (12 s19)"),
     m("readdir_pos_reused", 13, One, "directory positions are reused (12 s8)"),
     m("revoked_asks_for_nobody", 13, One, "who came to a lock during its revocation waits for ever (18 A19)"),
     m("flush_error_ignored", 14, One, "a commit goes on after a failed flush (04 s14)"),

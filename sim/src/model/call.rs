@@ -71,6 +71,10 @@ pub enum Call {
     Open {
         ino: Ino,
     },
+    /// With `O_DIRECT`: what goes through the handle bypasses the kernel's pages.
+    OpenDirect {
+        ino: Ino,
+    },
     Release {
         ino: Ino,
     },
@@ -126,6 +130,49 @@ pub enum Call {
     Fiemap {
         ino: Ino,
     },
+    /// Loads from a page of a mapping.
+    MapRead {
+        ino: Ino,
+        offset: u64,
+        len: u32,
+    },
+    /// Stores to a page of a shared mapping. Every program of the mount sees it at once,
+    /// others when they look: the kernel must give the page back first.
+    MapWrite {
+        ino: Ino,
+        offset: u64,
+        len: u32,
+        tag: u64,
+    },
+    /// The kernel writes a dirty page back, as far as the file reaches.
+    WritePages {
+        ino: Ino,
+        offset: u64,
+        data: Bytes,
+    },
+    /// Finds an inode by its export handle (spec 12 section 19).
+    ByHandle {
+        ino: Ino,
+    },
+    /// Finds a directory's parent by its export handle.
+    HandleParent {
+        ino: Ino,
+    },
+    /// A rename with flags that are refused (spec 12 section 15).
+    Exchange {
+        dir: Ino,
+        name: Bytes,
+        to: Ino,
+        new: Bytes,
+        flags: u32,
+    },
+    /// A fallocate of a mode that is refused (spec 14 section 12).
+    Punch {
+        ino: Ino,
+        mode: u32,
+        offset: u64,
+        len: u64,
+    },
 }
 
 impl Call {
@@ -146,6 +193,7 @@ impl Call {
             Call::Rename { .. } => "rename",
             Call::Link { .. } => "link",
             Call::Open { .. } => "open",
+            Call::OpenDirect { .. } => "opendirect",
             Call::Release { .. } => "release",
             Call::Read { .. } => "read",
             Call::Write { .. } => "write",
@@ -160,6 +208,13 @@ impl Call {
             Call::Fallocate { .. } => "fallocate",
             Call::Seek { .. } => "lseek",
             Call::Fiemap { .. } => "fiemap",
+            Call::MapRead { .. } => "mapread",
+            Call::MapWrite { .. } => "mapwrite",
+            Call::WritePages { .. } => "writeback",
+            Call::ByHandle { .. } => "byhandle",
+            Call::HandleParent { .. } => "handleparent",
+            Call::Exchange { .. } => "exchange",
+            Call::Punch { .. } => "punch",
         }
     }
 
@@ -175,6 +230,7 @@ impl Call {
                 | Call::Rename { .. }
                 | Call::Link { .. }
                 | Call::Write { .. }
+                | Call::WritePages { .. }
                 | Call::Setxattr { .. }
                 | Call::Removexattr { .. }
                 | Call::Fallocate { .. }
@@ -197,7 +253,25 @@ impl Call {
                 | Call::Statfs
                 | Call::Seek { .. }
                 | Call::Fiemap { .. }
+                | Call::MapRead { .. }
+                | Call::ByHandle { .. }
+                | Call::HandleParent { .. }
+                | Call::Exchange { .. }
+                | Call::Punch { .. }
         )
+    }
+
+    /// Whether it only changes pages of the kernel, which a crash takes along.
+    pub fn is_store(&self) -> bool {
+        matches!(self, Call::MapWrite { .. })
+    }
+
+    /// Whether it opens a file that is there.
+    pub fn opens(&self) -> Option<Ino> {
+        match self {
+            Call::Open { ino } | Call::OpenDirect { ino } => Some(*ino),
+            _ => None,
+        }
     }
 
     /// Whether it goes through an open file.
@@ -209,6 +283,10 @@ impl Call {
                 | Call::Fsync { .. }
                 | Call::Fallocate { .. }
                 | Call::Seek { .. }
+                | Call::Punch { .. }
+                | Call::MapRead { .. }
+                | Call::MapWrite { .. }
+                | Call::WritePages { .. }
                 | Call::Release { .. }
         )
     }
@@ -218,6 +296,25 @@ impl Call {
         match self {
             Call::Write { ino, .. } | Call::Fallocate { ino, .. } => Some(*ino),
             Call::Setattr { ino, set } if set.size.is_some() => Some(*ino),
+            _ => None,
+        }
+    }
+
+    /// The file that it may have put bytes in that are on the device before they are
+    /// committed.
+    pub fn writes_in(&self) -> Option<Ino> {
+        match self {
+            Call::WritePages { ino, .. } => Some(*ino),
+            call => call.changes_data_of(),
+        }
+    }
+
+    /// What it reads of which file: offset and length.
+    pub fn reads(&self) -> Option<(Ino, u64, u32)> {
+        match self {
+            Call::Read { ino, offset, len } | Call::MapRead { ino, offset, len } => {
+                Some((*ino, *offset, *len))
+            }
             _ => None,
         }
     }

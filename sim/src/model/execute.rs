@@ -1,5 +1,6 @@
 //! One request carried out on the model, and comparison of answers.
 
+use super::acl::is_acl;
 use super::{
     BLOCK, Block, Call, Context, Dirent, Inode, Model, Reply, S_IFDIR, S_IFLNK, S_IFREG, Stamp,
     new_inode,
@@ -11,7 +12,7 @@ use outrider_core::fs::api::{Attr, Ino, SetAttr, SetTime, XattrSet};
 use std::rc::Rc;
 
 /// All errors that apply; which one is seen is not prescribed.
-type Errors = Vec<Errno>;
+pub(super) type Errors = Vec<Errno>;
 
 fn gone() -> Errors {
     vec![Errno::ENOENT, Errno::ESTALE]
@@ -36,13 +37,15 @@ pub enum Expected {
     Number(u64),
     /// At most so many bytes written.
     Written(u64),
+    /// At most so many bytes stored to a mapping.
+    Stored(u64),
     Entries(Ino),
     Extents(Ino),
     Anything,
 }
 
 impl Model {
-    fn live(&self, ino: Ino) -> Result<&Inode, Errors> {
+    pub(super) fn live(&self, ino: Ino) -> Result<&Inode, Errors> {
         self.get(ino).ok_or_else(gone)
     }
 
@@ -137,16 +140,18 @@ impl Model {
         }
     }
 
+    /// Makes an inode in a directory, of which it inherits; with a name, or without one.
     fn make(
         &mut self,
-        at: Option<(Ino, &Bytes)>,
-        inode: Inode,
+        (dir, name): (Ino, Option<&Bytes>),
+        mut inode: Inode,
         reply: Option<&Reply>,
         cx: &Context,
     ) -> Result<Expected, Errors> {
         let ino = self.made(reply)?;
+        inode.inherit(self.live(dir)?);
         self.inodes.insert(ino, Rc::new(inode));
-        if let Some((dir, name)) = at {
+        if let Some(name) = name {
             self.add_entry(dir, name, ino, cx);
         }
         Ok(Expected::Attr(ino))
@@ -178,20 +183,20 @@ impl Model {
                 rdev,
             } => {
                 self.may_add(*dir, name)?;
-                self.make(Some((*dir, name)), new_inode(*mode, *rdev, cx), reply, cx)
+                self.make((*dir, Some(name)), new_inode(*mode, *rdev, cx), reply, cx)
             }
             Call::Mkdir { dir, name, mode } => {
                 self.may_add(*dir, name)?;
                 let mut inode = new_inode(S_IFDIR | mode, 0, cx);
                 inode.nlink = 2;
-                self.make(Some((*dir, name)), inode, reply, cx)
+                self.make((*dir, Some(name)), inode, reply, cx)
             }
             Call::Symlink { dir, name, target } => {
                 self.may_add(*dir, name)?;
                 let mut inode = new_inode(S_IFLNK | 0o777, 0, cx);
                 inode.target = target.clone();
                 inode.size = target.len() as u64 + 1;
-                self.make(Some((*dir, name)), inode, reply, cx)
+                self.make((*dir, Some(name)), inode, reply, cx)
             }
             Call::Create {
                 dir,
@@ -206,7 +211,7 @@ impl Model {
                 let mut inode = new_inode(S_IFREG | mode, 0, cx);
                 inode.nlink = 0;
                 inode.opens = 1;
-                self.make(None, inode, reply, cx)
+                self.make((*dir, None), inode, reply, cx)
             }
             Call::Unlink { dir, name } => self.remove(*dir, name, false, cx),
             Call::Rmdir { dir, name } => self.remove(*dir, name, true, cx),
@@ -228,7 +233,7 @@ impl Model {
                 self.add_entry(*dir, name, *ino, cx);
                 Ok(Expected::Attr(*ino))
             }
-            Call::Open { ino } => {
+            Call::Open { ino } | Call::OpenDirect { ino } => {
                 self.live(*ino)?;
                 self.get_mut(*ino).opens += 1;
                 Ok(Expected::Done)
@@ -240,9 +245,35 @@ impl Model {
                 }
                 Ok(Expected::Done)
             }
-            Call::Read { ino, offset, len } => Ok(Expected::Bytes(
-                self.file(*ino)?.read(*offset, u64::from(*len)),
-            )),
+            Call::Read { ino, offset, len } | Call::MapRead { ino, offset, len } => Ok(
+                Expected::Bytes(self.file(*ino)?.read(*offset, u64::from(*len))),
+            ),
+            Call::MapWrite {
+                ino,
+                offset,
+                len,
+                tag,
+            } => {
+                let room = self.file(*ino)?.size.saturating_sub(*offset);
+                let most = u64::from(*len).min(room);
+                // The program decides how far it goes.
+                let stored = match reply {
+                    Some(Reply::Number(number)) => *number,
+                    _ => most,
+                };
+                if stored > 0 && stored <= most {
+                    self.get_mut(*ino).store(*offset, *tag, stored);
+                }
+                Ok(Expected::Stored(most))
+            }
+            Call::WritePages { ino, offset, data } => {
+                self.file(*ino)?;
+                let inode = self.get_mut(*ino);
+                inode.write_back(*offset, data);
+                inode.mtime.set(cx);
+                inode.ctime.set(cx);
+                Ok(Expected::Number(data.len() as u64))
+            }
             Call::Write {
                 ino,
                 offset,
@@ -268,6 +299,10 @@ impl Model {
                 Ok(Expected::Done)
             }
             Call::Syncfs => Ok(Expected::Done),
+            Call::Setxattr {
+                ino, name, value, ..
+            } if is_acl(name) => self.set_acl(*ino, name, Some(value), cx),
+            Call::Removexattr { ino, name } if is_acl(name) => self.set_acl(*ino, name, None, cx),
             Call::Setxattr {
                 ino,
                 name,
@@ -334,6 +369,21 @@ impl Model {
                 self.file(*ino)?;
                 Ok(Expected::Extents(*ino))
             }
+            Call::ByHandle { ino } => match self.live(*ino)?.nlink {
+                0 => Err(gone()),
+                _ => Ok(Expected::Attr(*ino)),
+            },
+            // Two lookups: while names move, of two moments.
+            Call::HandleParent { .. } if cx.weak => Ok(Expected::Anything),
+            Call::HandleParent { ino } => {
+                let dir = self.dir(*ino)?;
+                match dir.nlink {
+                    0 => Err(gone()),
+                    _ => Ok(Expected::Attr(dir.parent)),
+                }
+            }
+            Call::Exchange { .. } => Err(vec![Errno::EINVAL]),
+            Call::Punch { .. } => Err(vec![Errno::EOPNOTSUPP]),
         }
     }
 
@@ -347,8 +397,11 @@ impl Model {
             inode.truncate(size);
             inode.mtime.set(cx);
         }
+        if set.uid.is_some() || set.gid.is_some() {
+            inode.lose_set_ids();
+        }
         if let Some(mode) = set.mode {
-            inode.mode = (inode.mode & super::S_IFMT) | (mode & 0o7777);
+            inode.chmod(mode);
         }
         inode.uid = set.uid.unwrap_or(inode.uid);
         inode.gid = set.gid.unwrap_or(inode.gid);
@@ -401,7 +454,7 @@ impl Model {
         self.may_add(dir, name)?;
         let mut inode = new_inode(S_IFREG | mode, 0, cx);
         inode.opens = 1;
-        self.make(Some((dir, name)), inode, reply, cx)
+        self.make((dir, Some(name)), inode, reply, cx)
     }
 
     fn remove(
@@ -516,6 +569,7 @@ impl Model {
             (Expected::Written(most), Reply::Number(got)) => {
                 *got == most || (*got > 0 && *got < most && (cx.tolerance.space || cx.tolerance.io))
             }
+            (Expected::Stored(most), Reply::Number(got)) => *got <= most,
             (Expected::Entries(dir), Reply::Names(names)) => {
                 cx.weak || self.admits_names(dir, names)
             }
@@ -657,7 +711,9 @@ impl Model {
             Expected::Done => Reply::Done,
             Expected::Attr(ino) => Reply::Entry(self.attr(ino).unwrap_or_default()),
             Expected::Bytes(bytes) => Reply::Bytes(bytes.into()),
-            Expected::Number(number) | Expected::Written(number) => Reply::Number(number),
+            Expected::Number(number) | Expected::Written(number) | Expected::Stored(number) => {
+                Reply::Number(number)
+            }
             Expected::Anything => Reply::Stat(outrider_core::fs::api::StatFs::default()),
             Expected::NameList => {
                 let inode = call.subjects()[0].and_then(|ino| self.get(ino));

@@ -102,10 +102,12 @@ impl Inode {
             digest.bytes(name);
             digest.bytes(value);
         }
-        digest.word(self.blocks.len() as u64);
-        for (block, page) in &self.blocks {
-            digest.word(*block);
-            digest.word(page.digest());
+        for pages in [&self.blocks, &self.dirty] {
+            digest.word(pages.len() as u64);
+            for (block, page) in pages {
+                digest.word(*block);
+                digest.word(page.digest());
+            }
         }
         for (name, entry) in &self.entries {
             digest.bytes(name);

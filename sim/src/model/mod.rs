@@ -10,6 +10,7 @@
 //! What can go wrong: a model stricter than the specification cries wolf, a
 //! laxer one is deaf. `reference` with its planted faults tests both.
 
+pub mod acl;
 pub mod call;
 mod execute;
 pub mod memo;
@@ -37,6 +38,8 @@ pub const S_IFDIR: u32 = 0o040_000;
 pub const S_IFREG: u32 = 0o100_000;
 /// A symbolic link.
 pub const S_IFLNK: u32 = 0o120_000;
+/// The umask of all programs.
+pub const UMASK: u32 = 0o022;
 
 /// A time stamp known to lie in a range of the wall clock (nanoseconds since
 /// 1970), and when (world time) the call that set it ended.
@@ -126,6 +129,9 @@ pub struct Inode {
     pub xattrs: BTreeMap<Bytes, Bytes>,
     /// Written blocks of a file; absent ones are holes.
     pub blocks: BTreeMap<u64, Block>,
+    /// Pages as programs have changed them through mappings and nobody has written them
+    /// back: what is read, and what a crash takes along.
+    pub dirty: BTreeMap<u64, Block>,
     /// Entries of a directory.
     pub entries: BTreeMap<Bytes, Dirent>,
     /// Directories: the parent.
@@ -163,7 +169,7 @@ impl Inode {
             let block = at / BLOCK;
             let stop = ((block + 1) * BLOCK).min(end);
             let within = (at % BLOCK) as usize..(at % BLOCK) as usize + (stop - at) as usize;
-            match self.blocks.get(&block) {
+            match self.dirty.get(&block).or_else(|| self.blocks.get(&block)) {
                 Some(bytes) => out.extend_from_slice(&bytes.bytes()[within]),
                 None => out.resize(out.len() + within.len(), 0),
             }
@@ -188,24 +194,54 @@ impl Inode {
                 .blocks
                 .entry(block)
                 .or_insert_with(|| Rc::new(Page::new([0; BLOCK as usize])));
-            let bytes = Rc::make_mut(bytes).bytes_mut();
-            for byte in at..stop {
-                bytes[(byte % BLOCK) as usize] = pattern_byte(tag, byte);
+            let dirty = self.dirty.get_mut(&block);
+            for bytes in [Some(bytes), dirty].into_iter().flatten() {
+                let bytes = Rc::make_mut(bytes).bytes_mut();
+                for byte in at..stop {
+                    bytes[(byte % BLOCK) as usize] = pattern_byte(tag, byte);
+                }
             }
             at = stop;
         }
         self.size = self.size.max(end);
     }
 
+    /// Stores to a page of a mapping.
+    fn store(&mut self, offset: u64, tag: u64, len: u64) {
+        let block = offset / BLOCK;
+        let old = self.blocks.get(&block);
+        let page = self.dirty.entry(block).or_insert_with(|| {
+            let empty = || Rc::new(Page::new([0; BLOCK as usize]));
+            old.map_or_else(empty, Rc::clone)
+        });
+        let bytes = Rc::make_mut(page).bytes_mut();
+        for byte in offset..offset + len {
+            bytes[(byte % BLOCK) as usize] = pattern_byte(tag, byte);
+        }
+    }
+
+    /// A page is written back, as far as the file reaches.
+    fn write_back(&mut self, offset: u64, data: &[u8]) {
+        self.finish_truncate();
+        let block = offset / BLOCK;
+        let empty = || Rc::new(Page::new([0; BLOCK as usize]));
+        let page = self.blocks.entry(block).or_insert_with(empty);
+        Rc::make_mut(page).bytes_mut()[..data.len()].copy_from_slice(data);
+        self.dirty.remove(&block);
+        self.size = self.size.max(offset + data.len() as u64);
+    }
+
     fn truncate(&mut self, size: u64) {
         self.finish_truncate();
         if size <= self.size {
             let keep = size.div_ceil(BLOCK);
-            self.blocks.split_off(&keep);
-            if !size.is_multiple_of(BLOCK)
-                && let Some(bytes) = self.blocks.get_mut(&(size / BLOCK))
-            {
-                Rc::make_mut(bytes).bytes_mut()[(size % BLOCK) as usize..].fill(0);
+            for pages in [&mut self.blocks, &mut self.dirty] {
+                pages.split_off(&keep);
+                if !size.is_multiple_of(BLOCK)
+                    && let Some(bytes) = pages.get_mut(&(size / BLOCK))
+                {
+                    Rc::make_mut(bytes).bytes_mut()[(size % BLOCK) as usize..].fill(0);
+                }
             }
         }
         self.size = size;
@@ -310,10 +346,11 @@ impl Model {
         let mut next = self.clone();
         next.inodes.retain(|_, inode| inode.nlink > 0);
         for inode in next.inodes.values_mut() {
-            if inode.opens > 0 {
+            if inode.opens > 0 || !inode.dirty.is_empty() {
                 let inode = Rc::make_mut(inode);
                 inode.memo.forget();
                 inode.opens = 0;
+                inode.dirty.clear();
             }
         }
         next
@@ -363,6 +400,11 @@ impl Model {
             Errno::ENOLINK | Errno::ESHUTDOWN | Errno::ENOTCONN | Errno::ECONNABORTED => {
                 cx.tolerance.link
             }
+            Errno::ENOENT | Errno::ESTALE
+                if cx.weak && matches!(call, Call::HandleParent { .. }) =>
+            {
+                true
+            }
             // Unlinked and closed: its items may be going.
             Errno::ENOENT | Errno::ESTALE | Errno::ENODATA => {
                 call.subjects().into_iter().flatten().any(|ino| {
@@ -393,6 +435,18 @@ impl Model {
                     states.extend(self.take_effect(call, None, cx));
                 }
             }
+            // What was stored is lost.
+            Call::WritePages { ino, offset, .. } if self.get(*ino).is_some() => {
+                let mut next = self.clone();
+                let inode = next.get_mut(*ino);
+                inode.dirty.remove(&(offset / BLOCK));
+                inode.mtime.may_set(cx);
+                inode.ctime.may_set(cx);
+                states = vec![next];
+                if cx.tolerance.link {
+                    states.extend(self.take_effect(call, None, cx));
+                }
+            }
             Call::Setattr { .. } => states.extend(self.take_effect(call, None, cx)),
             // An unlink whose commit of the deletion failed, and the like, have happened.
             _ if cx.tolerance.link => states.extend(self.take_effect(call, None, cx)),
@@ -414,12 +468,21 @@ impl Call {
             | Call::Tmpfile { dir, .. }
             | Call::Unlink { dir, .. }
             | Call::Rmdir { dir, .. } => [Some(*dir), None],
-            Call::Rename { dir, to, .. } => [Some(*dir), Some(*to)],
+            Call::Rename { dir, to, .. } | Call::Exchange { dir, to, .. } => {
+                [Some(*dir), Some(*to)]
+            }
             Call::Link { ino, dir, .. } => [Some(*ino), Some(*dir)],
             Call::Getattr { ino }
             | Call::Setattr { ino, .. }
             | Call::Readlink { ino }
             | Call::Open { ino }
+            | Call::OpenDirect { ino }
+            | Call::ByHandle { ino }
+            | Call::HandleParent { ino }
+            | Call::Punch { ino, .. }
+            | Call::MapRead { ino, .. }
+            | Call::MapWrite { ino, .. }
+            | Call::WritePages { ino, .. }
             | Call::Release { ino }
             | Call::Read { ino, .. }
             | Call::Write { ino, .. }
@@ -455,6 +518,7 @@ fn new_inode(mode: u32, rdev: u32, cx: &Context) -> Inode {
         ctime: stamp,
         xattrs: BTreeMap::new(),
         blocks: BTreeMap::new(),
+        dirty: BTreeMap::new(),
         entries: BTreeMap::new(),
         parent: 0,
         target: Bytes::new(),
@@ -463,5 +527,7 @@ fn new_inode(mode: u32, rdev: u32, cx: &Context) -> Inode {
     }
 }
 
+#[cfg(test)]
+mod posix_tests;
 #[cfg(test)]
 mod tests;

@@ -50,7 +50,7 @@ impl Unsettled {
         let about = |ino: Ino| pages.iter().any(|(file, _, _)| *file == ino);
         let calls = calls
             .iter()
-            .filter(|call| call.changes_data_of().is_some_and(about))
+            .filter(|call| call.writes_in().is_some_and(about))
             .map(|call| (*call).clone())
             .collect();
         Self { pages, calls }
@@ -96,6 +96,9 @@ fn settles(calls: &[&Call], ino: Ino, block: u64) -> bool {
             let end = offset + u64::from(*len);
             *file == ino && (offset / BLOCK..end.div_ceil(BLOCK)).contains(&block)
         }
+        Call::WritePages {
+            ino: file, offset, ..
+        } => *file == ino && offset / BLOCK == block,
         Call::Setattr { ino: file, set } => {
             *file == ino && set.size.is_some_and(|size| size < (block + 1) * BLOCK)
         }
@@ -109,7 +112,7 @@ impl<'a> Later<'a> {
         Self {
             calls: calls
                 .into_iter()
-                .filter(|call| call.changes_data_of().is_some())
+                .filter(|call| call.writes_in().is_some())
                 .collect(),
             cut_short: Vec::new(),
             unsettled: None,
@@ -152,6 +155,14 @@ impl<'a> Later<'a> {
                     *file == ino
                         && (*append || reach.contains(&offset))
                         && byte == pattern_byte(*tag, offset)
+                }
+                Call::WritePages {
+                    ino: file,
+                    offset: start,
+                    data,
+                } => {
+                    let at = offset.checked_sub(*start).map(|at| at as usize);
+                    *file == ino && at.and_then(|at| data.get(at)) == Some(&byte)
                 }
                 Call::Setattr { ino: file, set } => {
                     let cleared = set.size.is_some_and(|size| offset >= size);

@@ -254,7 +254,7 @@ impl<'a, 'b> Search<'a, 'b> {
     /// data is written in place before the transaction is committed, so it stays where there was a block
     /// (spec 14 section 20).
     fn shows_lost(&self, state: &Model, call: &Call, reply: &Reply) -> bool {
-        let (Call::Read { ino, offset, len }, Reply::Bytes(got)) = (call, reply) else {
+        let (Some((ino, offset, len)), Reply::Bytes(got)) = (call.reads(), reply) else {
             return false;
         };
         let open = self.open().map(|index| &self.items[index]);
@@ -265,8 +265,8 @@ impl<'a, 'b> Search<'a, 'b> {
             later = later.with_unsettled(unsettled, self.written());
         }
         state
-            .get(*ino)
-            .is_some_and(|file| later.explains_read(*ino, file, *offset, *len, got))
+            .get(ino)
+            .is_some_and(|file| later.explains_read(ino, file, offset, len, got))
     }
 
     fn later(&self) -> Later<'a> {
@@ -333,7 +333,7 @@ impl Oracle {
         let record = &self.current[number];
         let seat = record.cx.seat;
         let opened = match (&record.call, &record.reply) {
-            (Call::Open { ino }, Some(Reply::Done)) => Some(*ino),
+            (call, Some(Reply::Done)) if call.opens().is_some() => call.opens(),
             (Call::Create { .. } | Call::Tmpfile { .. }, Some(Reply::Entry(attr))) => {
                 Some(attr.ino)
             }
@@ -383,13 +383,13 @@ impl Oracle {
         let written: Vec<Call> = current
             .iter()
             .chain(self.chain.records_mut().map(|record| &*record))
-            .filter(|r| !lives(r) && r.call.changes_data_of().is_some())
+            .filter(|r| !lives(r) && r.call.writes_in().is_some())
             .map(|r| r.call.clone())
             .collect();
         let promised: Vec<Call> = current
             .iter()
             .chain(self.chain.records_mut().map(|record| &*record))
-            .filter(|r| r.is_promised() && r.call.changes_data_of().is_some())
+            .filter(|r| r.is_promised() && r.call.writes_in().is_some())
             .map(|r| r.call.clone())
             .collect();
         let promised: Vec<&Call> = promised.iter().collect();

@@ -8,7 +8,7 @@
 //! What can go wrong: a key that nothing asks for, or a value that makes no sense there.
 //! Both are refused, with the key and where it was said.
 
-use super::{Config, PROFILES, Profile};
+use super::{Config, PROFILES, Profile, posix};
 use crate::rng::Stream;
 use serde_json::{Map, Value};
 use std::cell::RefCell;
@@ -68,6 +68,11 @@ pub const OPERATIONS: [&str; super::OP_KINDS] = [
     "fiemap",
 ];
 
+/// Names of all operations.
+fn operations() -> Vec<&'static str> {
+    OPERATIONS.into_iter().chain(posix::NAMES).collect()
+}
+
 /// All keys, but those of `config` and `ops`, with what they mean.
 const KEYS: [(&str, Kind, &str); 36] = [
     (
@@ -91,6 +96,11 @@ const KEYS: [(&str, Kind, &str); 36] = [
         "workload.max_file",
         Count(1, 1 << 40),
         "usual bytes of a file",
+    ),
+    (
+        "workload.posix",
+        Chance,
+        "an ACL, a handle, a mapping or the like instead of another operation",
     ),
     ("workload.sync", Chance, "a sync in a moment of quiet"),
     (
@@ -235,7 +245,7 @@ pub fn keys() -> String {
     text += &format!(
         "  {:24} weight of an operation: {}\n",
         "ops.NAME",
-        OPERATIONS.join(", ")
+        operations().join(", ")
     );
     text += &format!(
         "  {:24} anything of what a replay prints as Config\n",
@@ -375,8 +385,8 @@ fn check(key: &str, value: &Value) -> Result<(), String> {
         return set_in_config(&mut config, field, value);
     }
     let kind = match key.strip_prefix("ops.") {
-        Some(name) if OPERATIONS.contains(&name) => Count(0, 10_000),
-        Some(_) => return Err(format!("operations are {}", OPERATIONS.join(", "))),
+        Some(name) if operations().contains(&name) => Count(0, 10_000),
+        Some(_) => return Err(format!("operations are {}", operations().join(", "))),
         None => {
             let found = KEYS.iter().find(|(name, _, _)| *name == key);
             let Some((_, kind, _)) = found else {
@@ -484,24 +494,22 @@ impl Knobs {
         value
     }
 
-    /// The weights of the operations.
-    pub(super) fn weights(&self, weights: &mut [u32; super::OP_KINDS]) {
-        for (name, weight) in OPERATIONS.iter().zip(weights.iter_mut()) {
+    /// The weights of operations with these names.
+    pub(super) fn weights(&self, names: &[&str], weights: &mut [u32]) {
+        for (name, weight) in names.iter().zip(weights.iter_mut()) {
             let given = self.values.get(&format!("ops.{name}"));
             if let Some(given) = given.and_then(Value::as_u64) {
                 *weight = given as u32;
             }
         }
-        if weights.iter().all(|weight| *weight == 0) {
-            weights[1] = 1;
+        let drawn = names.iter().zip(weights.iter());
+        let drawn = drawn.filter(|(_, weight)| **weight > 0);
+        let mut noted = self.drawn.borrow_mut();
+        let all = noted.entry("ops".to_owned());
+        let all = all.or_insert_with(|| Value::Object(Map::new()));
+        if let Value::Object(all) = all {
+            all.extend(drawn.map(|(name, weight)| ((*name).to_owned(), Value::from(*weight))));
         }
-        let all: Map<String, Value> = OPERATIONS
-            .iter()
-            .zip(weights.iter())
-            .filter(|(_, weight)| **weight > 0)
-            .map(|(name, weight)| ((*name).to_owned(), Value::from(*weight)))
-            .collect();
-        self.note("ops", Value::Object(all));
     }
 
     /// Replaces what was drawn for the whole world.

@@ -103,7 +103,9 @@ impl Shared {
             (Call::Create { .. } | Call::Tmpfile { .. }, Reply::Entry(attr)) => {
                 inner.opens.push((seat, attr.ino));
             }
-            (Call::Open { ino }, Reply::Done) => inner.opens.push((seat, *ino)),
+            (Call::Open { ino } | Call::OpenDirect { ino }, Reply::Done) => {
+                inner.opens.push((seat, *ino));
+            }
             (Call::Release { ino }, _) => {
                 let own = inner.opens.iter().position(|open| *open == (seat, *ino));
                 own.map(|own| inner.opens.remove(own));
@@ -156,6 +158,9 @@ impl Inner {
             } => {
                 touched.extend(named(dir, name));
                 touched.extend(named(to, new));
+            }
+            Call::HandleParent { ino } => {
+                touched.extend(self.state.get(*ino).map(|dir| dir.parent));
             }
             _ => {}
         }

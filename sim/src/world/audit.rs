@@ -153,6 +153,7 @@ impl<A: Asked> Look<'_, A> {
             ctime: stamp(attr.ctime),
             xattrs: self.xattrs(ino).await?,
             blocks: BTreeMap::new(),
+            dirty: BTreeMap::new(),
             entries: BTreeMap::new(),
             parent: 0,
             target: Bytes::new(),

@@ -453,6 +453,7 @@ async fn live<S: System>(
         desk: Desk::new(world, life, fate),
         table: RefCell::default(),
     });
+    scene.give_launder();
     if !look_around(world, fate, &scene).await? {
         return Ok(false);
     }

@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod invariants;
 mod life;
 pub mod node;
+mod posix;
 pub mod snapshot;
 mod workload;
 

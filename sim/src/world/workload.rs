@@ -55,16 +55,16 @@ impl Table {
         }
     }
 
-    fn dir(&self, number: u16) -> Ino {
+    pub(super) fn dir(&self, number: u16) -> Ino {
         self.dirs[usize::from(number) % self.dirs.len()]
     }
 
-    fn file(&self, number: u16) -> Option<Ino> {
+    pub(super) fn file(&self, number: u16) -> Option<Ino> {
         let count = self.files.len();
         (count > 0).then(|| self.files[usize::from(number) % count])
     }
 
-    fn any(&self, number: u16) -> Ino {
+    pub(super) fn any(&self, number: u16) -> Ino {
         let all = self.dirs.len() + self.files.len() + self.others.len();
         let index = usize::from(number) % all;
         let mut lists = self.dirs.iter().chain(&self.files).chain(&self.others);
@@ -147,7 +147,7 @@ impl Desk {
         }
     }
 
-    fn tag(&self) -> u64 {
+    pub(super) fn tag(&self) -> u64 {
         self.tags.set(self.tags.get() + 1);
         self.tags.get()
     }
@@ -268,7 +268,7 @@ pub(super) struct Recorded<'a, P> {
     pub desk: &'a Desk,
 }
 
-fn file_name(number: u8) -> Bytes {
+pub(super) fn file_name(number: u8) -> Bytes {
     if number % 7 == 3 {
         let mut name = vec![b'l'; 255];
         name[254] = number;
@@ -302,6 +302,8 @@ impl<P: Posix> Scene<P> {
             }
             self.operate(op).await;
         }
+        // A moment of quiet has no calls under way: so nothing to write back either.
+        self.kernel.write_all_back(&self.desk).await;
     }
 
     /// Syncs the filesystem.
@@ -318,7 +320,7 @@ impl<P: Posix> Scene<P> {
         }
     }
 
-    async fn call(&self, call: Call, fh: Option<Handle>) -> (Reply, Option<Handle>) {
+    pub(super) async fn call(&self, call: Call, fh: Option<Handle>) -> (Reply, Option<Handle>) {
         let out = self.kernel.call(&call, fh, &self.desk).await;
         if let Reply::Entry(attr) = &out.0 {
             self.table.borrow_mut().add(attr.ino, attr.mode);
@@ -326,7 +328,7 @@ impl<P: Posix> Scene<P> {
         out
     }
 
-    fn hold(&self, handle: Option<Handle>) {
+    pub(super) fn hold(&self, handle: Option<Handle>) {
         if let Some(handle) = handle {
             let mut table = self.table.borrow_mut();
             table
@@ -337,22 +339,22 @@ impl<P: Posix> Scene<P> {
         }
     }
 
-    async fn release(&self, handle: Option<Handle>) {
+    pub(super) async fn release(&self, handle: Option<Handle>) {
         if let Some(handle) = handle {
             self.call(Call::Release { ino: handle.ino }, Some(handle))
                 .await;
         }
     }
 
+    /// A handle of a file that is held open.
+    pub(super) fn held(&self, ino: Ino) -> Option<Rc<Handle>> {
+        let table = self.table.borrow();
+        table.held.get(&ino).and_then(|all| all.first().cloned())
+    }
+
     /// Makes a call that needs an open file: with one held open, or by opening it.
-    async fn with_file(&self, ino: Ino, call: Call) {
-        let held = self
-            .table
-            .borrow()
-            .held
-            .get(&ino)
-            .and_then(|handles| handles.first().cloned());
-        if let Some(handle) = held {
+    pub(super) async fn with_file(&self, ino: Ino, call: Call) {
+        if let Some(handle) = self.held(ino) {
             self.call(call, Some(*handle)).await;
             return;
         }
@@ -452,7 +454,7 @@ impl<P: Posix> Scene<P> {
                 let call = Call::Mknod {
                     dir: dir(d),
                     name: file_name(name),
-                    mode: kinds[usize::from(kind) % 4] | 0o644,
+                    mode: kinds[usize::from(kind) % 4] | 0o666,
                     rdev: if kind % 4 < 2 { 0 } else { 0x0010_0003 },
                 };
                 self.call(call, None).await;
@@ -461,7 +463,7 @@ impl<P: Posix> Scene<P> {
                 let call = Call::Mkdir {
                     dir: dir(d),
                     name: file_name(name),
-                    mode: 0o755,
+                    mode: 0o777,
                 };
                 self.call(call, None).await;
             }
@@ -474,7 +476,7 @@ impl<P: Posix> Scene<P> {
                 let call = Call::Create {
                     dir: dir(d),
                     name: file_name(name),
-                    mode: 0o644,
+                    mode: 0o666,
                     excl,
                 };
                 let (_, handle) = self.call(call, None).await;
@@ -609,6 +611,7 @@ impl<P: Posix> Scene<P> {
             PlanOp::Fiemap { .. } => {
                 self.call(Call::Fiemap { ino: file }, None).await;
             }
+            PlanOp::Posix(ref op) => self.operate_posix(op).await,
             PlanOp::Pause { micros } => self.desk.sim.sleep(u64::from(micros) * 1000).await,
             PlanOp::Doom { requests } => self.desk.fate.doom(u64::from(requests)),
         }

@@ -16,7 +16,7 @@ use super::extents::{Extent, set};
 use super::prealloc::{self, Hole};
 use super::read::offline;
 use super::{BLOCK, MAX_SIZE, blocks_of};
-use crate::env::{HashMap, IoBuf, probe};
+use crate::env::{HashMap, IoBuf, mutant, probe};
 use crate::errno::Errno;
 use crate::format::{EXTENT_FLAG_UNWRITTEN, INODE_FLAG_TRUNCATE};
 use crate::locks::Mode;
@@ -88,7 +88,8 @@ impl Fs {
 
     /// Pages of other handles that show what was there before a direct write.
     async fn forget_written(&self, ino: Ino, start: u64, len: u64) {
-        if self.table.is_paged(ino) {
+        // Mutant: breaks spec 14 section 9.
+        if self.table.is_paged(ino) && !mutant("direct_write_leaves_pages") {
             probe("data.direct_write_beside_pages");
             let range = Inval::PageRange { ino, start, len };
             self.kernel.invalidate(vec![range]).await;

@@ -310,6 +310,7 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
                 desk: Desk::of_seat(office, fate),
                 table: RefCell::default(),
             });
+            scene.give_launder();
             scene.table.borrow_mut().know(world.oracle.borrow().state());
             // Its answers are those of a severed mount from the moment on in which it gives
             // up, whenever the task that waits for that is scheduled.

@@ -1,0 +1,209 @@
+//! The programs that use the less usual part of POSIX (`plan::posix`), and what the
+//! kernel does with the pages that they have changed through mappings.
+
+use super::workload::{Scene, file_name};
+use crate::kernel::{Handle, Launder};
+use crate::model::{Call, Reply, acl};
+use crate::plan::posix::PosixOp;
+use bytes::Bytes;
+use outrider_core::env::LocalBoxFuture;
+use outrider_core::fs::api::{Ino, Posix, SetAttr, XattrSet};
+use std::ops::Range;
+use std::rc::{Rc, Weak};
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
+/// A mount may be gone when its filesystem wants pages back.
+struct Launderer<P>(Weak<Scene<P>>);
+
+impl<P: Posix + 'static> Launder for Launderer<P> {
+    fn write_back(&self, ino: Ino, pages: Range<u64>) -> LocalBoxFuture<'static, ()> {
+        let scene = self.0.upgrade();
+        Box::pin(async move {
+            if let Some(scene) = scene {
+                // What fails is in the records, and lost.
+                let _ = scene.kernel.write_back(ino, &pages, &scene.desk).await;
+            }
+        })
+    }
+}
+
+fn acl_name(default: bool) -> Bytes {
+    Bytes::from_static(if default { acl::DEFAULT } else { acl::ACCESS })
+}
+
+impl<P: Posix + 'static> Scene<P> {
+    /// Lets the kernel write dirty pages back when the filesystem asks for them.
+    pub fn give_launder(self: &Rc<Self>) {
+        let launder = Launderer(Rc::downgrade(self));
+        self.kernel.caches().launder_with(Rc::new(launder));
+    }
+}
+
+impl<P: Posix> Scene<P> {
+    pub(super) async fn operate_posix(&self, op: &PosixOp) {
+        let dir = |number: u16| self.table.borrow().dir(number);
+        let any = |number: u16| self.table.borrow().any(number);
+        let file = match op.file().map(|number| self.table.borrow().file(number)) {
+            Some(Some(ino)) => ino,
+            Some(None) => return,
+            None => 0,
+        };
+        match *op {
+            PosixOp::SetAcl {
+                obj,
+                default,
+                dir: on_dir,
+                shape,
+                perms,
+            } => {
+                let call = Call::Setxattr {
+                    ino: if default && on_dir {
+                        dir(obj)
+                    } else {
+                        any(obj)
+                    },
+                    name: acl_name(default),
+                    value: acl::drawn(shape, perms),
+                    // The kernel passes no flags with ACLs.
+                    how: XattrSet::Any,
+                };
+                self.call(call, None).await;
+            }
+            PosixOp::GetAcl { obj, default } => {
+                let ino = if default { dir(obj) } else { any(obj) };
+                let name = acl_name(default);
+                self.call(Call::Getxattr { ino, name }, None).await;
+            }
+            PosixOp::RemoveAcl { obj, default } => {
+                let ino = if default { dir(obj) } else { any(obj) };
+                let name = acl_name(default);
+                self.call(Call::Removexattr { ino, name }, None).await;
+            }
+            PosixOp::ChmodBits { obj, mode } => {
+                let set = SetAttr {
+                    mode: Some(u32::from(mode)),
+                    ..SetAttr::default()
+                };
+                self.call(Call::Setattr { ino: any(obj), set }, None).await;
+            }
+            PosixOp::OpenHandle { obj } => {
+                self.call(Call::ByHandle { ino: any(obj) }, None).await;
+            }
+            PosixOp::HandleParent { dir: d } => {
+                self.call(Call::HandleParent { ino: dir(d) }, None).await;
+            }
+            PosixOp::Exchange {
+                dir: d,
+                name,
+                to,
+                new,
+                flags,
+            } => {
+                let call = Call::Exchange {
+                    dir: dir(d),
+                    name: file_name(name),
+                    to: dir(to),
+                    new: file_name(new),
+                    flags: u32::from(flags),
+                };
+                self.call(call, None).await;
+            }
+            PosixOp::Punch {
+                mode, offset, len, ..
+            } => {
+                let call = Call::Punch {
+                    ino: file,
+                    mode: u32::from(mode),
+                    offset,
+                    len,
+                };
+                self.with_file(file, call).await;
+            }
+            PosixOp::ReadDirect { offset, len, .. } => {
+                let call = Call::Read {
+                    ino: file,
+                    offset,
+                    len,
+                };
+                self.directly(file, call).await;
+            }
+            PosixOp::WriteDirect {
+                offset, len, sync, ..
+            } => {
+                let call = Call::Write {
+                    ino: file,
+                    offset,
+                    len,
+                    tag: self.desk.tag(),
+                    append: false,
+                    sync,
+                };
+                self.directly(file, call).await;
+            }
+            PosixOp::MapRead { offset, len, .. } => {
+                self.map(file, offset, u64::from(len), false).await;
+            }
+            PosixOp::MapWrite { offset, len, .. } => {
+                self.map(file, offset, u64::from(len), true).await;
+            }
+            PosixOp::Msync { .. } => {
+                let all = 0..u64::MAX;
+                let _ = self.kernel.write_back(file, &all, &self.desk).await;
+            }
+        }
+    }
+
+    /// Makes a call through a handle that bypasses the kernel's pages.
+    async fn directly(&self, ino: Ino, call: Call) {
+        let (_, handle) = self.call(Call::OpenDirect { ino }, None).await;
+        if handle.is_some() {
+            self.call(call, handle).await;
+            self.release(handle).await;
+        }
+    }
+
+    /// Loads or stores through a mapping of a file, which stays mapped as long as the
+    /// file is held open.
+    async fn map(&self, ino: Ino, offset: u64, len: u64, store: bool) {
+        if !self.kernel.caches().is_enabled() {
+            return;
+        }
+        let Some(handle) = self.held_or_opened(ino).await else {
+            return;
+        };
+        let (reply, _) = self.call(Call::Getattr { ino }, None).await;
+        let Reply::Attr(attr) = reply else { return };
+        if attr.size == 0 {
+            return;
+        }
+        let mut at = offset % attr.size;
+        let end = (at + len).min(attr.size);
+        let tag = self.desk.tag();
+        while at < end {
+            let stop = end.min((at / PAGE + 1) * PAGE);
+            let (offset, len) = (at, (stop - at) as u32);
+            let call = match store {
+                true => Call::MapWrite {
+                    ino,
+                    offset,
+                    len,
+                    tag,
+                },
+                false => Call::MapRead { ino, offset, len },
+            };
+            self.call(call, Some(*handle)).await;
+            at = stop;
+        }
+    }
+
+    async fn held_or_opened(&self, ino: Ino) -> Option<Rc<Handle>> {
+        if let Some(held) = self.held(ino) {
+            return Some(held);
+        }
+        let (_, handle) = self.call(Call::Open { ino }, None).await;
+        self.hold(handle);
+        self.held(ino)
+    }
+}
