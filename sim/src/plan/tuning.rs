@@ -74,7 +74,7 @@ fn operations() -> Vec<&'static str> {
 }
 
 /// All keys, but those of `config` and `ops`, with what they mean.
-const KEYS: [(&str, Kind, &str); 36] = [
+const KEYS: [(&str, Kind, &str); 37] = [
     (
         "workload.lives",
         Count(1, 20),
