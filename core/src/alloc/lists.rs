@@ -5,7 +5,7 @@
 //! than its own: that is what ends the recursion.
 
 use super::{AllocError, alloc_extent, ext_mod, insert_extent};
-use crate::block::{BlockError, ListBlock, ListBlockMut, Tx};
+use crate::block::{BlockError, Corruption, ListBlock, ListBlockMut, Tx};
 use crate::env::probe;
 use crate::format::{ALLOC_FLAG_LOW, AllocListHead, AllocRoot, BlockRef, Magic};
 
@@ -233,11 +233,44 @@ async fn trim(tx: &Tx, head: &mut AllocListHead) -> Result<(), AllocError> {
     Ok(())
 }
 
+/// Reads a list whole and compares it with its head. Whoever takes over a list that
+/// somebody else made must know that: afterwards the counts of the heads are trusted.
+///
+/// # Errors
+/// Block errors: what is wrong, if the list is not what its head says.
+pub async fn verify_list(tx: &Tx, head: &AllocListHead) -> Result<(), AllocError> {
+    let said = head.total_nr.get();
+    let mut found = 0;
+    if !head.block_ref.is_null() {
+        let mut block = tx.read_first(head).await?;
+        // A list that comes back to itself has more than any head says.
+        for _ in 0..tx.cache().total_blocks() {
+            let list = ListBlock::new(block.bytes()).head();
+            let next = list.next;
+            found += u64::from(list.nr.get());
+            if next.is_null() || found > said {
+                break;
+            }
+            block = tx.read_list(&next).await?;
+        }
+    }
+    let first = head.first_nr.get();
+    if found != said || (head.block_ref.is_null() && first != 0) {
+        let blkno = head.block_ref.blkno.get();
+        let what = format!(
+            "a list of {found} entries, its head says {said} and {first} in its first block"
+        );
+        return Err(BlockError::Corrupt(Corruption { blkno, what }).into());
+    }
+    Ok(())
+}
+
 /// Puts the blocks of `src` in front of `dst`; `src` becomes empty, flags too.
 /// Costs one allocation and one free for each block of `src`.
 ///
 /// # Errors
-/// `RunningList`; block errors. Then both are still whole lists.
+/// `RunningList`; those of [`verify_list`] for `src`; block errors. Then both are still
+/// whole lists.
 pub async fn splice_list(
     tx: &Tx,
     dst: &mut AllocListHead,
@@ -245,6 +278,7 @@ pub async fn splice_list(
 ) -> Result<(), AllocError> {
     check_not_running(tx, dst)?;
     check_not_running(tx, src)?;
+    verify_list(tx, src).await?;
     if src.block_ref.is_null() {
         return Ok(());
     }

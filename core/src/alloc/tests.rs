@@ -1,7 +1,7 @@
 //! The vectors of spec 03 section 24, and random loads with every block counted.
 
 use super::*;
-use crate::block::{Cache, list_head_of};
+use crate::block::{Cache, ListBlockMut, list_head_of};
 use crate::env::Entropy;
 use crate::env::testing::{MemDevice, TestEntropy, block_on};
 use crate::format::{AllocListHead, AllocRoot, BlockRef, LG_BLOCK_SIZE, Magic, init_header, seal};
@@ -220,6 +220,40 @@ fn lists_fill_splice_and_empty_without_losing_a_block() {
         assert_eq!(all.len(), whole.len());
         assert_eq!(all.into_iter().collect::<BTreeSet<_>>(), whole);
     }
+}
+
+#[test]
+fn a_list_that_is_not_what_its_head_says_is_not_taken_over() {
+    let tx = tx();
+    let mut root = tree(&tx, &[(10_000, 500)]);
+    let (mut dst, mut src) = (AllocListHead::default(), AllocListHead::default());
+    block_on(fill_list(&tx, &mut dst, &mut root, 30, 30)).unwrap();
+    block_on(fill_list(&tx, &mut src, &mut root, 40, 40)).unwrap();
+    let wrong = |f: &dyn Fn(&mut AllocListHead)| {
+        let mut head = src;
+        f(&mut head);
+        head
+    };
+    let nothing = AllocListHead::default();
+    for mut head in [
+        wrong(&|h| h.first_nr = 39.into()),
+        wrong(&|h| h.first_nr = 0.into()),
+        wrong(&|h| h.total_nr = 41.into()),
+        wrong(&|h| h.total_nr = u64::MAX.into()),
+        wrong(&|h| h.block_ref = nothing.block_ref),
+        wrong(&|h| h.block_ref.seq += 1),
+    ] {
+        let before = (dst, head);
+        let taken = block_on(splice_list(&tx, &mut dst, &mut head));
+        assert!(matches!(taken, Err(AllocError::Btree(_))), "{taken:?}");
+        assert_eq!((dst, head), before);
+    }
+    // One that leads back to itself.
+    tx.edit(src.block_ref.blkno.get(), |b| {
+        ListBlockMut::new(b).head().next = src.block_ref;
+    });
+    let taken = block_on(splice_list(&tx, &mut dst, &mut src));
+    assert!(matches!(taken, Err(AllocError::Btree(_))), "{taken:?}");
 }
 
 #[test]

@@ -161,6 +161,9 @@ impl Store {
         if log.is_open() {
             return Ok(Ok((log, false)));
         }
+        // The mount's word, from its last COMMIT_LOG_TREES: refused while nothing of
+        // ours has changed.
+        alloc::verify_list(&self.tx, &log.meta_freed).await?;
         let all = items::all_log_trees(&self.cache, &d.sup.logs_root).await?;
         let zones = Zones::for_mount(&self.stable(), rid, &all);
         let key = Key::log_trees(rid, log.nr.get());

@@ -12,6 +12,7 @@
 pub mod disk;
 pub mod flying;
 pub mod net;
+mod risk;
 mod said;
 
 use crate::kernel::Caches;
@@ -818,7 +819,7 @@ impl Spawner for SimSpawner {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use outrider_core::env::{DeviceRole, conformance, conformance_net};
+    use outrider_core::env::{DeviceRole, conformance, conformance_clock, conformance_net};
     use std::net::SocketAddrV4;
 
     /// Runs a world made of `f` on a fresh thread, as the executor demands.
@@ -847,7 +848,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn simulated_devices_and_networks_keep_their_contracts() {
+    fn simulated_devices_networks_and_clocks_keep_their_contracts() {
         for seed in 0..8 {
             simulate(seed, async |host: Host| {
                 let disks = disk::Disks::new(&host.sim, 8 << 20, 8 << 20, disk::Timing::default());
@@ -857,6 +858,8 @@ pub(crate) mod tests {
                     let device = host.disks.open(&host, role);
                     conformance::check_device(device, &*env.entropy).await;
                 }
+                conformance::check_devices(&*env.devices).await;
+                conformance_clock::check_clock(&env, true).await;
                 let ip = host.node.ip;
                 let addr = |number| SocketAddrV4::new(ip, 5000 + number);
                 conformance_net::check_network(&env, addr).await;

@@ -82,7 +82,15 @@ impl Fate {
         let args = [survival.map_or(0, |survival| survival as u64 + 1)];
         sim.trace
             .event(sim.now(), self.host.node.id, "DEATH", &args, || {
-                survival.map_or("killed".to_owned(), |s| format!("power loss, keeps {s:?}"))
+                survival.map_or("killed".to_owned(), |survival| {
+                    let kept = match survival {
+                        Survival::None => "what was flushed",
+                        Survival::All => "everything",
+                        Survival::Sectors => "some sectors of what was not flushed",
+                        Survival::Writes => "some writes of what was not flushed",
+                    };
+                    format!("power loss, keeps {kept}")
+                })
             });
         self.host.life.kill();
         let (net, disks, node) = (&self.host.net, &self.host.disks, &self.host.node);
