@@ -8,7 +8,8 @@
 
 use outrider_core::env::{
     AlignedBuf, BlockDevice, Datagram, DeviceError, DeviceRole, Duration, Gate, Listener,
-    LocalBoxFuture, NetError, Network, Stream, WriteFlags, conformance, race, timeout,
+    LocalBoxFuture, NetError, Network, Stream, WriteFlags, conformance, conformance_clock, race,
+    timeout,
 };
 use outrider_disk::{
     Engine, FileDevice, IoConfig, OpenOptions, Runtime, RuntimeConfig, VolumeFiles,
@@ -70,6 +71,20 @@ fn files_keep_the_contract_with_each_engine() {
                 conformance::check_device(Rc::new(device), &*env.entropy).await;
             })
             .unwrap();
+    }
+}
+
+#[test]
+fn volumes_clocks_and_actors_keep_their_contracts_with_each_engine() {
+    for engine in [Engine::Auto, Engine::Threads] {
+        let (meta, data) = (image(4), image(8));
+        let rt = runtime(engine, Some(VolumeFiles::new(meta.path(), data.path())));
+        rt.run(|env| async move {
+            conformance::check_devices(&*env.devices).await;
+            conformance_clock::check_clock(&env, true).await;
+        })
+        .unwrap();
+        rt.join();
     }
 }
 

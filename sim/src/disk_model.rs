@@ -12,7 +12,7 @@
 use crate::rng::Stream;
 use crate::trace::Digest;
 use outrider_core::env::{AlignedBuf, IoBuf};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Bytes of a sector: what a write makes or loses as one.
@@ -223,8 +223,10 @@ impl Medium {
         });
     }
 
-    /// Loses power: settles every sector by `survival`.
-    pub fn lose_power(&mut self, survival: Survival, rng: &Stream) {
+    /// Loses power: settles every sector by `survival`. Which sectors show what they did
+    /// not show before, and who had written what they showed.
+    pub fn lose_power(&mut self, survival: Survival, rng: &Stream) -> Vec<(u64, u32)> {
+        let mut lost = Vec::new();
         let mut writes: BTreeMap<u64, bool> = BTreeMap::new();
         for (number, versions) in std::mem::take(&mut self.pending) {
             let chosen = match survival {
@@ -240,16 +242,28 @@ impl Medium {
                         .or_insert_with(|| rng.chance(500))
                 }),
             };
+            let last = versions.last().map(|version| (version.write, version.by));
+            if let Some((_, by)) = last.filter(|(write, _)| chosen.map(|v| v.write) != Some(*write))
+            {
+                lost.push((number, by));
+            }
             if let Some(version) = chosen {
                 self.durable.insert(number, version.sector.clone());
             }
         }
+        lost
     }
 
     /// Whether it shows a content that no flush will make durable.
     pub fn shows_doomed(&self) -> bool {
         let mut shown = self.pending.values().filter_map(|versions| versions.last());
         shown.any(|version| version.doomed)
+    }
+
+    /// The machines some of whose writes a power loss could still take back.
+    pub fn unsettled_writers(&self) -> BTreeSet<u32> {
+        let versions = self.pending.values().flatten();
+        versions.map(|version| version.by).collect()
     }
 
     /// Number of sectors a power loss could still take back.
@@ -333,7 +347,11 @@ mod tests {
             let mut medium = Medium::new(1 << 20);
             medium.write(0, &[buf(1, 2)], 1, false);
             medium.write(0, &[buf(2, 2)], 1, false);
-            medium.lose_power(Survival::Sectors, &rng);
+            let lost = medium.lose_power(Survival::Sectors, &rng);
+            for sector in 0..2 {
+                let kept = byte_at(&medium, sector) == 2;
+                assert_ne!(lost.contains(&(sector, 1)), kept);
+            }
             seen.insert((byte_at(&medium, 0), byte_at(&medium, 1)));
             assert_eq!(medium.unsettled(), 0);
         }

@@ -250,12 +250,12 @@ pub struct Happened {
 /// How much an event says: 0 most.
 fn rank(event: &Event) -> u32 {
     match event.kind {
-        "DEATH" | "SEVER" | "FENCED" | "FAILURE" | "BLACKOUT" | "fence" | "cut" | "pause"
-        | "resume" | "reset" | "fault" => 0,
+        "DEATH" | "SEVER" | "FENCED" | "FAILURE" | "BLACKOUT" | "fence" | "cut" | "lost"
+        | "pause" | "resume" | "reset" | "fault" => 0,
         "mounted" | "unmounted" | "refused" | "judged" | "check" | "ROUND" | "CORE" | "LAST"
         | "LIFE" | "dead" => 1,
         "probe" => 2,
-        "flush" => 3,
+        "flush" | "left" | "unflushed" | "durable" => 3,
         "read" | "write" | "send" | "arrive" => 5,
         _ if event.text.starts_with(['?', '!']) => 1,
         _ => 4,

@@ -34,6 +34,8 @@ pub mod case;
 #[cfg(madsim)]
 pub mod cost;
 #[cfg(madsim)]
+pub mod differential;
+#[cfg(madsim)]
 pub mod kernel;
 #[cfg(madsim)]
 pub mod reference;

@@ -1,7 +1,7 @@
 //! The vectors of spec 03 section 24, and random loads with every block counted.
 
 use super::*;
-use crate::block::{Cache, list_head_of};
+use crate::block::{Cache, ListBlockMut, list_head_of};
 use crate::env::Entropy;
 use crate::env::testing::{MemDevice, TestEntropy, block_on};
 use crate::format::{AllocListHead, AllocRoot, BlockRef, LG_BLOCK_SIZE, Magic, init_header, seal};
@@ -188,7 +188,15 @@ fn lists_fill_splice_and_empty_without_losing_a_block() {
     let mut heads = [AllocListHead::default(); 3];
     for _ in 0..200 {
         let at = entropy.range(0, 3) as usize;
-        match entropy.range(0, 3) {
+        match entropy.range(0, 4) {
+            3 => {
+                let target = entropy.range(1, 200) as u32;
+                let mut src = std::mem::take(&mut heads[(at + 1) % 3]);
+                block_on(recycle_list(&tx, &mut src, &mut heads[at], target, target)).unwrap();
+                let got = heads[at].first_nr.get();
+                assert!(got >= target || src == AllocListHead::default(), "{got}");
+                heads[(at + 1) % 3] = src;
+            }
             0 => {
                 let target = entropy.range(1, 200) as u32;
                 let filled = fill_list(&tx, &mut heads[at], &mut root, target, target);
@@ -202,7 +210,7 @@ fn lists_fill_splice_and_empty_without_losing_a_block() {
                 block_on(splice_list(&tx, &mut heads[at], &mut src)).unwrap();
                 assert_eq!(src, AllocListHead::default());
             }
-            _ => block_on(empty_list(&tx, &mut heads[at], &mut root)).unwrap(),
+            _ => block_on(empty_list(&tx, &mut heads[at], &mut root, u32::MAX)).unwrap(),
         }
         let lists = heads.iter().flat_map(|head| entries(&tx, head));
         let free = extents(&tx, &root)
@@ -215,6 +223,40 @@ fn lists_fill_splice_and_empty_without_losing_a_block() {
 }
 
 #[test]
+fn a_list_that_is_not_what_its_head_says_is_not_taken_over() {
+    let tx = tx();
+    let mut root = tree(&tx, &[(10_000, 500)]);
+    let (mut dst, mut src) = (AllocListHead::default(), AllocListHead::default());
+    block_on(fill_list(&tx, &mut dst, &mut root, 30, 30)).unwrap();
+    block_on(fill_list(&tx, &mut src, &mut root, 40, 40)).unwrap();
+    let wrong = |f: &dyn Fn(&mut AllocListHead)| {
+        let mut head = src;
+        f(&mut head);
+        head
+    };
+    let nothing = AllocListHead::default();
+    for mut head in [
+        wrong(&|h| h.first_nr = 39.into()),
+        wrong(&|h| h.first_nr = 0.into()),
+        wrong(&|h| h.total_nr = 41.into()),
+        wrong(&|h| h.total_nr = u64::MAX.into()),
+        wrong(&|h| h.block_ref = nothing.block_ref),
+        wrong(&|h| h.block_ref.seq += 1),
+    ] {
+        let before = (dst, head);
+        let taken = block_on(splice_list(&tx, &mut dst, &mut head));
+        assert!(matches!(taken, Err(AllocError::Btree(_))), "{taken:?}");
+        assert_eq!((dst, head), before);
+    }
+    // One that leads back to itself.
+    tx.edit(src.block_ref.blkno.get(), |b| {
+        ListBlockMut::new(b).head().next = src.block_ref;
+    });
+    let taken = block_on(splice_list(&tx, &mut dst, &mut src));
+    assert!(matches!(taken, Err(AllocError::Btree(_))), "{taken:?}");
+}
+
+#[test]
 fn the_running_lists_are_not_touched() {
     let tx = tx();
     let mut root = tree(&tx, &[(10_000, 5)]);
@@ -222,8 +264,13 @@ fn the_running_lists_are_not_touched() {
     let refused = Err(AllocError::RunningList);
     let filled = fill_list(&tx, &mut running, &mut root, 8185, 8185);
     assert_eq!(block_on(filled), refused);
-    assert_eq!(block_on(empty_list(&tx, &mut running, &mut root)), refused);
+    assert_eq!(
+        block_on(empty_list(&tx, &mut running, &mut root, 1)),
+        refused
+    );
     let mut other = AllocListHead::default();
+    let recycled = recycle_list(&tx, &mut running, &mut other, 1, 1);
+    assert_eq!(block_on(recycled), refused);
     assert_eq!(
         block_on(splice_list(&tx, &mut other, &mut running)),
         refused

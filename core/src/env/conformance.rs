@@ -2,7 +2,9 @@
 //! and real devices). They check what the contract promises while nothing
 //! crashes; what survives a crash is the simulator's business.
 
-use super::{ALIGN, AlignedBuf, BlockDevice, DeviceError, Entropy, IoBuf, WriteFlags};
+use super::{
+    ALIGN, AlignedBuf, BlockDevice, DeviceError, DeviceRole, Devices, Entropy, IoBuf, WriteFlags,
+};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -33,6 +35,36 @@ pub async fn check_device(device: Rc<dyn BlockDevice>, entropy: &dyn Entropy) {
     many_at_once(&device, entropy).await;
     refuses_what_lies_outside(&*device).await;
     survives_dropped_requests(&*device).await;
+}
+
+/// Checks that both devices of a volume, of at least 1 MiB each, can be opened again and
+/// again, that all who open one see the same, and that they are two. Overwrites their
+/// last block.
+///
+/// # Panics
+/// If they break their contract.
+pub async fn check_devices(devices: &dyn Devices) {
+    let roles = [DeviceRole::Meta, DeviceRole::Data];
+    let open = |role| devices.open(role).expect("a device of the volume");
+    for (number, role) in roles.into_iter().enumerate() {
+        let (one, other) = (open(role), open(role));
+        assert_eq!(one.size(), other.size());
+        let at = one.size() - 4096;
+        let buf = pattern(4096, 70 + number as u64);
+        one.write(at, vec![Arc::clone(&buf)], WriteFlags::default())
+            .await
+            .expect("a write");
+        // What has completed is seen by everybody at once, flushed or not.
+        assert_eq!(read(&*other, at, 4096).await[..], buf[..]);
+        other.flush().await.expect("a flush by another one");
+        drop(one);
+        assert_eq!(read(&*other, at, 4096).await[..], buf[..]);
+    }
+    for (number, role) in roles.into_iter().enumerate() {
+        let device = open(role);
+        let got = read(&*device, device.size() - 4096, 4096).await;
+        assert_eq!(got[..], pattern(4096, 70 + number as u64)[..]);
+    }
 }
 
 async fn reads_what_was_written(device: &dyn BlockDevice) {

@@ -12,6 +12,8 @@ mod channel;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
 #[cfg(any(test, feature = "testing"))]
+pub mod conformance_clock;
+#[cfg(any(test, feature = "testing"))]
 pub mod conformance_net;
 mod device;
 mod net;

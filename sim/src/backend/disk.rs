@@ -6,6 +6,7 @@
 //! in flight may have reached the medium or not.
 
 use super::flying::{Ledger, Request};
+use super::risk::{self, Risk};
 use super::{Host, Life, Sim};
 use crate::disk_model::{Medium, SECTOR, Survival};
 use crate::plan::{DiskFault, DiskOp};
@@ -110,6 +111,7 @@ struct Disk {
     medium: RefCell<Medium>,
     flights: RefCell<BTreeMap<u64, Flight>>,
     asked: Rc<Ledger<Request>>,
+    risk: Risk,
     next_id: Cell<u64>,
     faults: RefCell<Vec<DiskFault>>,
     epoch: Cell<u64>,
@@ -144,6 +146,7 @@ impl Disks {
                 medium: RefCell::new(Medium::new(size)),
                 flights: RefCell::default(),
                 asked: Rc::default(),
+                risk: Risk::default(),
                 next_id: Cell::new(0),
                 faults: RefCell::default(),
                 epoch: Cell::new(0),
@@ -356,21 +359,30 @@ impl Disk {
         let mut medium = self.medium.borrow_mut();
         let keep = self.rng.below(3);
         for flight in self.flights.take().into_values() {
-            medium.write_some(
-                flight.offset,
-                &flight.bufs,
-                flight.node,
-                false,
-                |_| match keep {
+            let mut landed = Vec::new();
+            medium.write_some(flight.offset, &flight.bufs, flight.node, false, |_| {
+                let kept = match keep {
                     0 => false,
                     1 => true,
                     _ => self.rng.chance(500),
-                },
-            );
+                };
+                landed.push(kept);
+                kept
+            });
+            risk::tell_left(&self.sim, flight.node, self.role, flight.offset, &landed);
         }
         if let Some(survival) = survival {
-            medium.lose_power(survival, &self.rng);
+            let lost = medium.lose_power(survival, &self.rng);
+            risk::tell_lost(&self.sim, self.role, &lost);
         }
+        drop(medium);
+        self.tell_risk();
+    }
+
+    fn tell_risk(&self) {
+        self.risk.tell(&self.sim, self.role, || {
+            self.medium.borrow().unsettled_writers()
+        });
     }
 
     fn end_of(&self, node: u32) {
@@ -395,15 +407,17 @@ impl Disk {
 
     /// Writes those sectors of a request that `keep` chooses.
     fn land(&self, flight: &Flight, mut keep: impl FnMut(u64) -> bool) {
-        let mut some = false;
+        let mut landed = Vec::new();
         let mut medium = self.medium.borrow_mut();
         medium.write_some(flight.offset, &flight.bufs, flight.node, false, |sector| {
             let kept = keep(sector);
-            some |= kept;
+            landed.push(kept);
             kept
         });
         drop(medium);
-        if some {
+        risk::tell_left(&self.sim, flight.node, self.role, flight.offset, &landed);
+        self.tell_risk();
+        if landed.contains(&true) {
             self.tell(flight);
         }
     }
@@ -714,6 +728,7 @@ impl BlockDevice for Handle {
             let mut medium = disk.medium.borrow_mut();
             medium.write(flight.offset, &flight.bufs, flight.node, flight.fua);
             drop(medium);
+            disk.tell_risk();
             disk.tell(&flight);
             Ok(())
         });
@@ -736,6 +751,8 @@ impl BlockDevice for Handle {
                 return Err(ended.error("flush", 0, 0));
             }
             medium.settle(point);
+            drop(medium);
+            disk.tell_risk();
             Ok(())
         });
         self.disk.spring_trap(self.node);
@@ -744,129 +761,4 @@ impl BlockDevice for Handle {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::tests::simulate;
-    use super::*;
-    use std::sync::Arc;
-
-    fn buf(byte: u8, len: usize) -> IoBuf {
-        let mut buf = AlignedBuf::zeroed(len);
-        buf.fill(byte);
-        Arc::new(buf)
-    }
-
-    async fn byte(device: &Rc<dyn BlockDevice>, sector: u64) -> u8 {
-        let (buf, result) = device.read(sector * 4096, AlignedBuf::zeroed(4096)).await;
-        result.unwrap();
-        assert!(buf.iter().all(|b| *b == buf[0]), "torn inside a sector");
-        buf[0]
-    }
-
-    #[test]
-    fn what_was_written_reads_back_and_the_end_is_guarded() {
-        simulate(1, async |host: Host| {
-            let device = host.disks.open(&host, DeviceRole::Meta);
-            assert_eq!(device.size(), 1 << 20);
-            let bufs = vec![buf(1, 8192), buf(2, 4096)];
-            device
-                .write(4096, bufs, WriteFlags::default())
-                .await
-                .unwrap();
-            let mut bytes = Vec::new();
-            for sector in 0..5 {
-                bytes.push(byte(&device, sector).await);
-            }
-            assert_eq!(bytes, [0, 1, 1, 2, 0]);
-            let past = device
-                .write((1 << 20) - 4096, vec![buf(1, 8192)], WriteFlags::default())
-                .await;
-            assert!(matches!(past, Err(DeviceError::OutOfRange { .. })));
-            let (_, past) = device.read(1 << 20, AlignedBuf::zeroed(4096)).await;
-            assert!(matches!(past, Err(DeviceError::OutOfRange { .. })));
-        });
-    }
-
-    #[test]
-    fn a_crash_tears_writes_in_flight_and_a_flush_holds() {
-        let mut seen = std::collections::BTreeSet::new();
-        for seed in 0..60 {
-            let bytes = simulate(seed, async |host: Host| {
-                let device = host.disks.open(&host, DeviceRole::Data);
-                device
-                    .write(0, vec![buf(1, 4096)], WriteFlags::default())
-                    .await
-                    .unwrap();
-                device.flush().await.unwrap();
-                let pending = device.write(4096, vec![buf(2, 8192)], WriteFlags::default());
-                drop(pending);
-                host.disks.crash(Some(Survival::Sectors));
-                let mut bytes = Vec::new();
-                for sector in 0..3 {
-                    bytes.push(byte(&device, sector).await);
-                }
-                bytes
-            });
-            assert_eq!(bytes[0], 1, "flushed data survives");
-            seen.insert((bytes[1], bytes[2]));
-        }
-        assert_eq!(seen.len(), 4, "all ways to tear: {seen:?}");
-    }
-
-    #[test]
-    fn errors_and_stalls_come_and_go() {
-        simulate(5, async |host: Host| {
-            let device = host.disks.open(&host, DeviceRole::Meta);
-            host.disks.add_fault(DiskFault::Error {
-                device: crate::plan::Device::Meta,
-                op: DiskOp::Write,
-                from: 0,
-                until: u64::MAX,
-                times: 1,
-                permille: 1000,
-            });
-            let write = || device.write(0, vec![buf(1, 4096)], WriteFlags::default());
-            assert!(matches!(write().await, Err(DeviceError::Io { .. })));
-            write().await.unwrap();
-            let until = host.sim.now() + 50_000_000;
-            host.disks.add_fault(DiskFault::Stall {
-                device: crate::plan::Device::Meta,
-                from: 0,
-                until,
-            });
-            write().await.unwrap();
-            assert!(host.sim.now() >= until);
-        });
-    }
-
-    #[test]
-    fn requests_in_flight_of_a_barred_machine_end_with_an_error() {
-        simulate(7, async |host: Host| {
-            let device = host.disks.open(&host, DeviceRole::Meta);
-            let write = device.write(0, vec![buf(1, 4096)], WriteFlags::default());
-            let read = device.read(0, AlignedBuf::zeroed(4096));
-            let flush = device.flush();
-            host.disks.bar(host.node.id);
-            assert!(matches!(write.await, Err(DeviceError::Io { .. })));
-            assert!(matches!(read.await.1, Err(DeviceError::Io { .. })));
-            assert!(matches!(flush.await, Err(DeviceError::Io { .. })));
-            let later = device.read(0, AlignedBuf::zeroed(4096)).await;
-            assert!(matches!(later.1, Err(DeviceError::Io { .. })));
-            host.disks.admit(host.node.id);
-            assert!([0, 1].contains(&byte(&device, 0).await));
-        });
-    }
-
-    #[test]
-    fn the_trap_fires_at_the_request_it_was_set_for() {
-        simulate(6, async |host: Host| {
-            let device = host.disks.open(&host, DeviceRole::Meta);
-            let fired = Rc::new(Cell::new(false));
-            let tell = Rc::clone(&fired);
-            host.disks.set_trap(2, move || tell.set(true));
-            device.flush().await.unwrap();
-            assert!(!fired.get());
-            let _write = device.write(0, vec![buf(1, 4096)], WriteFlags::default());
-            assert!(fired.get());
-        });
-    }
-}
+mod tests;

@@ -1,14 +1,17 @@
 //! The command line. Exit codes: 0 clean, 1 failures found, 2 could not run.
 
 mod cost;
+mod differential;
 mod explain;
 mod explore;
 mod histories;
+mod manual;
 mod mutants;
 mod replay;
 mod report;
 mod show;
 mod shrink;
+mod spent;
 mod sweep;
 
 use clap::{Parser, Subcommand};
@@ -23,7 +26,14 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(
     name = "outrider-sim",
-    about = "Simulates worlds built from seeds and judges them"
+    version,
+    about = "Simulates worlds built from seeds and judges them",
+    after_help = "Examples:\n  \
+        outrider-sim sweep --seeds 1000 --save failures\n  \
+        outrider-sim shrink failures/check-17.json -o small.json\n  \
+        outrider-sim show small.json -o run.html\n\n\
+        docs/simulator.md leads from a red build to an understanding, with pictures.\n\
+        Exit codes: 0 clean; 1 failures found; 2 could not run."
 )]
 struct Args {
     #[command(subcommand)]
@@ -49,6 +59,8 @@ enum Command {
     /// Explore the protocol brains exhaustively within small bounds.
     Explore(explore::Args),
     /// List the profiles and the keys of what a seed draws.
+    #[command(after_help = "Examples:\n  outrider-sim profiles\n  \
+        outrider-sim profiles crash > mine.toml\n  outrider-sim sweep --profile mine.toml")]
     Profiles {
         /// Print this one, as a file to begin with.
         name: Option<String>,
@@ -57,12 +69,22 @@ enum Command {
     JudgeHistories(histories::Args),
     /// Count what creating files costs in a cluster.
     Cost(cost::Args),
+    /// Compare the simulated backends with the real ones, call by call.
+    Differential(differential::Args),
     /// Run the saved plans that once failed.
+    #[command(
+        after_help = "Examples:\n  outrider-sim corpus\n  outrider-sim corpus seeds/open\n\n\
+        Exit code 0: none fails; 1: some do; 2: it could not run."
+    )]
     Corpus {
         /// Where they are.
         #[arg(default_value = "seeds")]
         dir: PathBuf,
     },
+    /// Print the completion script of a shell.
+    Completions(manual::CompletionsArgs),
+    /// Write the manual pages to a directory.
+    Man(manual::ManArgs),
 }
 
 /// How seeds are drawn.
@@ -210,7 +232,13 @@ pub fn main() -> ExitCode {
         Command::Profiles { name } => profiles(name.as_deref()),
         Command::JudgeHistories(args) => histories::run(&args),
         Command::Cost(args) => cost::run(&args),
+        Command::Differential(args) => differential::run(&args),
         Command::Corpus { dir } => corpus(&dir),
+        Command::Completions(args) => {
+            manual::completions(&args);
+            Ok(true)
+        }
+        Command::Man(args) => manual::man(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

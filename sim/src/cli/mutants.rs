@@ -114,6 +114,12 @@ static MUTANTS: [Mutant; 52] = [
 const START_STRIDE: u64 = 100_000;
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    outrider-sim mutants --list\n  \
+    outrider-sim mutants dead_data_not_flushed\n  \
+    outrider-sim mutants --all --write --starts 5 --total-budget 3600\n\n\
+    A seed counts only if it passes without the bug.\n\
+    Exit code 0: all were found; 1: one was not; 2: it could not run.")]
 pub struct Args {
     /// The bug to hunt for.
     name: Option<String>,

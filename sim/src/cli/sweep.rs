@@ -1,22 +1,25 @@
 //! Many seeds on several threads.
 
 use super::report::{Shard, annotation, junit};
-use super::{Drawing, Way, run_plan};
+use super::spent::{self, Spent};
+use super::{Drawing, Way, mutants, run_plan, run_with};
 use indicatif::{ProgressBar, ProgressStyle};
 use outrider_sim::case::{Case, signature};
 use outrider_sim::oracle::Violation;
 use outrider_sim::plan::Profile;
-use outrider_sim::world::{Outcome, cluster::steps};
+use outrider_sim::world::{Options, Outcome, cluster::steps};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  \
     outrider-sim sweep --seeds 1000\n  \
     outrider-sim sweep --seeds 100000 --shard 3/8 --save failures --junit sweep.xml\n  \
-    outrider-sim sweep --profile cluster --time-budget 600\n\n\
+    outrider-sim sweep --profile cluster --time-budget 600\n  \
+    outrider-sim sweep --stress --seeds 200 --mutant dead_data_not_flushed\n  \
+    outrider-sim sweep --profile cluster --set cluster.nodes=3 --seeds 100 --jobs 1 --each\n\n\
     Exit code 0: no seed fails; 1: some do; 2: it could not run.\n\
     Below GitLab's `parallel`, in a Slurm job array and in an indexed Kubernetes job the\n\
     shard follows from the environment. In GitHub's actions failures become annotations.")]
@@ -38,6 +41,9 @@ pub struct Args {
     hashes: bool,
     #[command(flatten)]
     drawing: Drawing,
+    /// Switch this planted bug on: a sweep as a new user meets it, with something to find.
+    #[arg(long, conflicts_with = "reference")]
+    mutant: Option<String>,
     /// Run a filesystem in memory that is right by construction: tests the judge.
     #[arg(long)]
     reference: bool,
@@ -56,14 +62,46 @@ pub struct Args {
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
+    /// Print a line of JSON for each seed: what its plan has, what it took.
+    #[arg(long, conflicts_with = "hashes")]
+    each: bool,
 }
 
 /// What a sweep found.
 pub struct Found {
     /// Outcomes by seed.
     pub outcomes: BTreeMap<u64, Outcome>,
+    /// Probes reached by all of them, with counts; those of the outcomes are in here.
+    pub probes: BTreeMap<&'static str, u64>,
+    /// What each seed took, in the order of the seeds.
+    pub spent: Vec<Spent>,
+    /// Memory of the process when half of the seeds had run.
+    pub memory_at_half: u64,
     /// Wall clock seconds.
     pub seconds: f64,
+}
+
+/// What is known while it runs.
+#[derive(Default)]
+struct Ran {
+    outcomes: BTreeMap<u64, Outcome>,
+    probes: BTreeMap<&'static str, u64>,
+    spent: BTreeMap<u64, Spent>,
+    memory_at_half: u64,
+}
+
+impl Ran {
+    /// Adds a seed. A sweep of any length keeps little of each: not what it has reached.
+    fn add(&mut self, mut outcome: Outcome, spent: Spent, half: u64) {
+        for (probe, count) in std::mem::take(&mut outcome.probes) {
+            *self.probes.entry(probe).or_default() += count;
+        }
+        self.spent.insert(outcome.seed, spent);
+        self.outcomes.insert(outcome.seed, outcome);
+        if self.outcomes.len() as u64 == half {
+            self.memory_at_half = spent::memory();
+        }
+    }
 }
 
 /// How to sweep.
@@ -99,7 +137,7 @@ fn hunt_shard(hunt: &Hunt, shard: Shard, canary: bool, bar: &ProgressBar) -> Fou
     let start = std::time::Instant::now();
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
-    let outcomes = Mutex::new(BTreeMap::new());
+    let ran = Mutex::new(Ran::default());
     std::thread::scope(|scope| {
         for _ in 0..hunt.jobs {
             scope.spawn(|| {
@@ -111,7 +149,14 @@ fn hunt_shard(hunt: &Hunt, shard: Shard, canary: bool, bar: &ProgressBar) -> Fou
                     }
                     let seed = hunt.from + shard.nth(index);
                     let plan = hunt.way.draw(seed);
-                    let mut outcome = run_plan(&plan, hunt.reference, hunt.mutant);
+                    let cpu = Arc::new(AtomicU64::new(0));
+                    let options = Options {
+                        mutant: hunt.mutant,
+                        spent: Some(Arc::clone(&cpu)),
+                        ..Options::default()
+                    };
+                    let mut outcome = run_with(&plan, hunt.reference, options);
+                    let spent = Spent::new(&plan, &outcome, cpu.load(Ordering::Relaxed));
                     // A seed that fails without the planted bug proves nothing about it.
                     if hunt.mutant.is_some()
                         && outcome.failure.is_some()
@@ -130,25 +175,27 @@ fn hunt_shard(hunt: &Hunt, shard: Shard, canary: bool, bar: &ProgressBar) -> Fou
                             stop.store(true, Ordering::Relaxed);
                         }
                         if !hunt.quiet {
-                            bar.suspend(|| eprintln!("{}", report(&outcome, &hunt.way)));
+                            bar.suspend(|| eprintln!("{}", report(&outcome, hunt)));
                         }
                     }
-                    outcomes
-                        .lock()
-                        .expect("no worker panics")
-                        .insert(seed, outcome);
+                    let mut ran = ran.lock().expect("no worker panics");
+                    ran.add(outcome, spent, seeds.div_ceil(2));
                     bar.inc(1);
                 }
             });
         }
     });
+    let ran = ran.into_inner().expect("no worker panics");
     Found {
-        outcomes: outcomes.into_inner().expect("no worker panics"),
+        outcomes: ran.outcomes,
+        probes: ran.probes,
+        spent: ran.spent.into_values().collect(),
+        memory_at_half: ran.memory_at_half,
         seconds: start.elapsed().as_secs_f64(),
     }
 }
 
-fn report(outcome: &Outcome, way: &Way) -> String {
+fn report(outcome: &Outcome, hunt: &Hunt) -> String {
     let Some(failure) = &outcome.failure else {
         return String::new();
     };
@@ -162,12 +209,16 @@ fn report(outcome: &Outcome, way: &Way) -> String {
         "seed {} FAILED ({}): {text}\n  {}",
         outcome.seed,
         failure.kind,
-        command(outcome.seed, way)
+        command(outcome.seed, &hunt.way, hunt.mutant)
     )
 }
 
-fn command(seed: u64, way: &Way) -> String {
-    format!("replay with: outrider-sim replay {seed}{} --log", way.flags)
+fn command(seed: u64, way: &Way, mutant: Option<&str>) -> String {
+    let mutant = mutant.map_or(String::new(), |name| format!(" --mutant {name}"));
+    format!(
+        "replay with: outrider-sim replay {seed}{}{mutant} --log",
+        way.flags
+    )
 }
 
 /// All processors.
@@ -179,7 +230,7 @@ pub fn all_processors() -> usize {
 pub fn run(args: &Args) -> Result<bool, String> {
     let given = Shard::from_environment(|name| std::env::var(name).ok())?;
     let shard = args.shard.or(given).unwrap_or(Shard::WHOLE);
-    let bar = if args.json || args.hashes {
+    let bar = if args.json || args.hashes || args.each {
         ProgressBar::hidden()
     } else {
         ProgressBar::new(shard.len(args.seeds))
@@ -193,13 +244,13 @@ pub fn run(args: &Args) -> Result<bool, String> {
         budget: args.time_budget,
         way: args.drawing.read()?,
         reference: args.reference,
-        mutant: None,
+        mutant: args.mutant.as_deref().map(mutants::find).transpose()?,
         stop_at_first: false,
-        quiet: args.json || args.hashes,
+        quiet: args.json || args.hashes || args.each,
     };
     let found = hunt_shard(&hunt, shard, args.canary, &bar);
     bar.finish_and_clear();
-    let replay = |seed| command(seed, &hunt.way);
+    let replay = |seed| command(seed, &hunt.way, hunt.mutant);
     if let Some(file) = &args.junit {
         let outcomes: Vec<&Outcome> = found.outcomes.values().collect();
         let text = junit(&outcomes, found.seconds, replay);
@@ -214,7 +265,7 @@ pub fn run(args: &Args) -> Result<bool, String> {
         }
     }
     if let Some(dir) = &args.save {
-        save_failing(&found, &hunt.way, dir)?;
+        save_failing(&found, &hunt, dir)?;
     }
     if args.hashes {
         for (seed, outcome) in &found.outcomes {
@@ -224,6 +275,9 @@ pub fn run(args: &Args) -> Result<bool, String> {
             );
         }
     }
+    for spent in found.spent.iter().filter(|_| args.each) {
+        println!("{}", spent.to_json());
+    }
     let failed: Vec<&Outcome> = found
         .outcomes
         .values()
@@ -231,16 +285,19 @@ pub fn run(args: &Args) -> Result<bool, String> {
         .collect();
     if args.json {
         print_json(&found, &failed);
-    } else if !args.hashes {
-        print_summary(&found, &failed, &hunt.way);
+    } else if !args.hashes && !args.each {
+        print_summary(&found, &failed, &hunt);
     }
     Ok(failed.is_empty())
 }
 
-fn save_failing(found: &Found, way: &Way, dir: &Path) -> Result<(), String> {
+fn save_failing(found: &Found, hunt: &Hunt, dir: &Path) -> Result<(), String> {
     for outcome in found.outcomes.values() {
-        let plan = way.draw(outcome.seed);
-        if let (Some(failure), Some(case)) = (&outcome.failure, Case::failed(plan, None, outcome)) {
+        let Some(failure) = &outcome.failure else {
+            continue;
+        };
+        let plan = hunt.way.draw(outcome.seed);
+        if let Some(case) = Case::failed(plan, hunt.mutant, outcome) {
             std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
             case.save(&dir.join(format!("{}-{}.json", failure.kind, outcome.seed)))?;
         }
@@ -253,8 +310,9 @@ fn totals(found: &Found) -> (u64, u64, u64) {
     (sum(|o| o.calls), sum(|o| o.nanos), sum(|o| o.unjudged))
 }
 
-fn print_summary(found: &Found, failed: &[&Outcome], way: &Way) {
+fn print_summary(found: &Found, failed: &[&Outcome], hunt: &Hunt) {
     let (calls, nanos, unjudged) = totals(found);
+    let way = &hunt.way;
     let seeds = found.outcomes.len();
     println!(
         "{seeds} seeds, {} failed, {calls} calls, {unjudged} windows not judged; {:.1} s, \
@@ -264,10 +322,14 @@ fn print_summary(found: &Found, failed: &[&Outcome], way: &Way) {
         seeds as f64 * 60.0 / found.seconds,
         nanos as f64 / 1e9 / found.seconds
     );
-    let mut probes: BTreeMap<&str, u64> = BTreeMap::new();
-    for (probe, count) in found.outcomes.values().flat_map(|o| &o.probes) {
-        *probes.entry(probe).or_default() += count;
-    }
+    let (operations, faults) = extent(found);
+    let [median, nine, most] = spent::quantiles(&found.spent);
+    println!(
+        "{operations} operations and {faults} faults planned; processor time of a seed: median \
+         {median:.3} s, 90% within {nine:.3} s, most {most:.3} s; at most {} MiB of memory",
+        spent::peak_memory() >> 20
+    );
+    let probes = &found.probes;
     let reached: Vec<String> = probes.iter().map(|(p, n)| format!("{p} {n}")).collect();
     println!("reached: {}", reached.join(", "));
     if way.tuning.profile == Some(Profile::Cluster) {
@@ -289,8 +351,15 @@ fn print_summary(found: &Found, failed: &[&Outcome], way: &Way) {
         );
     }
     for outcome in failed {
-        println!("seed {} {}", outcome.seed, command(outcome.seed, way));
+        let command = command(outcome.seed, way, hunt.mutant);
+        println!("seed {} {command}", outcome.seed);
     }
+}
+
+/// Operations and faults of all plans.
+fn extent(found: &Found) -> (usize, usize) {
+    let extents = found.spent.iter().map(Spent::extent);
+    extents.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
 }
 
 fn print_json(found: &Found, failed: &[&Outcome]) {
@@ -307,7 +376,16 @@ fn print_json(found: &Found, failed: &[&Outcome]) {
             })
         })
         .collect();
+    let (operations, faults) = extent(found);
+    let [median, nine, most] = spent::quantiles(&found.spent);
     let summary = serde_json::json!({
+        "operations": operations,
+        "faults": faults,
+        "cpu_seconds": { "median": median, "p90": nine, "max": most },
+        "memory_bytes": {
+            "peak": spent::peak_memory(), "at_half": found.memory_at_half, "at_end": spent::memory(),
+        },
+        "probes": found.probes,
         "seeds": found.outcomes.len(),
         "failed": failed.len(),
         "failures": failures,

@@ -1,5 +1,6 @@
 //! Looking at everything a mount shows.
 
+use super::contents::whose;
 use super::life::Fate;
 use super::workload::Recorded;
 use crate::backend::Sim;
@@ -7,6 +8,7 @@ use crate::kernel::{Handle, Kernel, Recorder};
 use crate::model::{
     Block, Call, Dirent, Inode, Memo, Model, Page, ROOT, Reply, S_IFLNK, S_IFMT, Stamp,
 };
+use crate::trace::Link;
 use bytes::Bytes;
 use outrider_core::env::WallTime;
 use outrider_core::errno::Errno;
@@ -31,17 +33,25 @@ impl Auditor {
         }
     }
 
-    /// What an observer in a world of several nodes sees is in no record.
+    /// What an observer in a world of several nodes sees is in no record; of what one of
+    /// a world of one node sees who reads along is told.
     fn trace(&self, call: &Call, reply: &Reply) {
         let host = &self.fate.host;
-        if !self.patient || host.life.seat() == 0 {
+        if !self.patient {
             return;
         }
-        let args = [reply.digest()];
-        let now = self.sim.now();
-        self.sim.trace.event(now, host.node.id, "look", &args, || {
-            format!("{call:?} {}", reply.brief())
-        });
+        let text = || match (call, reply) {
+            (Call::Read { ino, offset, .. }, Reply::Bytes(bytes)) => {
+                format!("inode {ino} from {offset}: {}", whose(bytes, *offset))
+            }
+            _ => format!("{call:?} {}", reply.brief()),
+        };
+        let (trace, now) = (&self.sim.trace, self.sim.now());
+        if host.life.seat() == 0 {
+            trace.remark(now, host.node.id, "look", Link::None, text);
+        } else {
+            trace.event(now, host.node.id, "look", &[reply.digest()], text);
+        }
     }
 
     /// Takes errors as answers.

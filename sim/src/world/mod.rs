@@ -9,6 +9,7 @@
 
 mod audit;
 pub mod cluster;
+mod contents;
 pub mod invariants;
 mod life;
 pub mod node;
@@ -29,6 +30,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// Why a mount did not come up.
@@ -61,9 +63,13 @@ pub trait System: Sized + 'static {
     /// Whether it tells the kernels of other mounts what they must forget. Without that
     /// a kernel that keeps anything is not right in a world of several nodes.
     const TELLS_OTHER_KERNELS: bool = true;
-    /// Completes when the cluster has declared this mount dead.
+    /// Completes when the cluster has declared this mount dead, or it has given up.
     async fn evicted(&self) {
         std::future::pending().await
+    }
+    /// Whether [`System::evicted`] has completed.
+    fn is_evicted(&self) -> bool {
+        false
     }
     /// What waits in it, for a failure of liveness.
     fn waits(&self) -> String {
@@ -187,6 +193,23 @@ pub struct Options {
     pub fork: Option<Fork>,
     /// When to look at its state.
     pub moments: Option<snapshot::Moments>,
+    /// Where to add the processor time that the world took, in nanoseconds.
+    pub spent: Option<Arc<AtomicU64>>,
+}
+
+/// Processor time of this thread in nanoseconds. Asked for outside of the executor, which
+/// would tell the time of its world.
+fn cpu_nanos() -> u64 {
+    // SAFETY: plain figures, written by the call.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage);
+        usage
+    };
+    [usage.ru_utime, usage.ru_stime]
+        .iter()
+        .map(|time| time.tv_sec as u64 * 1_000_000_000 + time.tv_usec as u64 * 1000)
+        .sum()
 }
 
 /// Runs a whole world on a fresh thread.
@@ -205,7 +228,11 @@ pub fn run<S: System>(plan: &Plan, options: Options) -> Outcome {
         };
         let runtime =
             madsim::runtime::Runtime::with_seed_and_config(seed, madsim::Config::default());
-        runtime.block_on(world::<S>(plan, sink, looks))
+        let outcome = runtime.block_on(world::<S>(plan, sink, looks));
+        if let Some(spent) = options.spent {
+            spent.fetch_add(cpu_nanos(), Ordering::Relaxed);
+        }
+        outcome
     });
     let outcome = result.unwrap_or_else(|panic| Outcome {
         seed,
