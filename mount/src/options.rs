@@ -84,6 +84,9 @@ pub struct MountOptions {
     pub watchdog: Option<WatchdogChoice>,
     /// `watchdog_timeout_ms`; ours. Three quarters of the heartbeat timeout by default.
     pub watchdog_timeout: Option<Duration>,
+    /// `out_of_touch_timeout_ms`: how long without a server until this mount gives up;
+    /// `None`, written as 0, waits for ever. Ours.
+    pub out_of_touch: Option<Duration>,
     /// `cluster_key`: file of the volume's key; ours.
     pub cluster_key: Option<PathBuf>,
     /// `birth_time`: statx(2) tells it, for one more request per cold stat; ours.
@@ -115,6 +118,7 @@ impl Default for MountOptions {
             run_dir: None,
             watchdog: None,
             watchdog_timeout: None,
+            out_of_touch: Some(Duration::from_secs(300)),
             cluster_key: None,
             birth_time: false,
             read_only: false,
@@ -226,6 +230,10 @@ impl MountOptions {
                 let (low, high) = HEARTBEAT_MS;
                 self.heartbeat_timeout = ms(low, high)?;
             }
+            ("out_of_touch_timeout_ms", Some("0")) => self.out_of_touch = None,
+            ("out_of_touch_timeout_ms", _) => {
+                self.out_of_touch = Some(ms(10_000, u64::from(u32::MAX))?);
+            }
             ("tcp_keepalive_timeout_ms", _) => self.keepalive = ms(3001, u64::from(u32::MAX))?,
             ("fence", Some("local")) => self.fence = FenceChoice::Local,
             ("fence", Some("agent")) => self.fence = FenceChoice::Agent,
@@ -310,6 +318,7 @@ impl MountOptions {
         config.fs.data.prealloc_blocks = self.data_prealloc_blocks;
         config.fs.data.prealloc_contig_only = self.data_prealloc_contig_only;
         config.server.log_merge_wait_timeout = self.log_merge_wait;
+        config.out_of_touch = self.out_of_touch;
         config.server.keepalive_timeout = self.keepalive;
         config
     }

@@ -158,6 +158,9 @@ pub enum When {
     Request(u64),
     /// After so many operations have been asked for.
     Operations(u32),
+    /// When the mount has come to a step of the crash tables (`cluster::steps`), by its
+    /// place there, for so many times.
+    Step(u8, u8),
 }
 
 /// What a power loss leaves (see `disk_model::Survival`).

@@ -9,6 +9,10 @@ use crate::block::{BlockError, Corruption, ListBlock, ListBlockMut, Tx};
 use crate::env::probe;
 use crate::format::{ALLOC_FLAG_LOW, AllocListHead, AllocRoot, BlockRef, Magic};
 
+/// Room that one step of [`recycle_list`] needs: the running lists' own copies, and
+/// copies of the first blocks of both lists.
+const RECYCLE_ROOM: u32 = 6;
+
 /// Whether the transaction has room for `extents` changes of a tree and `extra` entries.
 pub fn has_room(tx: &Tx, root: &AllocRoot, extents: u32, extra: u32) -> bool {
     tx.remaining()
@@ -79,8 +83,31 @@ pub async fn fill_list(
     Ok(())
 }
 
+/// Makes room for `need` more entries in both running lists in the middle of a
+/// transaction: a new first block of the freed list, and blocks of `root`, the tree that
+/// lists are filled from in this transaction (spec 05 section 8). A step of it needs
+/// room for one change of `root` itself.
+///
+/// # Errors
+/// `NoSpace` if `root` has too little; btree errors. What was moved until then stays moved.
+pub async fn widen_running(tx: &Tx, root: &mut AllocRoot, need: u32) -> Result<(), AllocError> {
+    if tx.remaining().freed < need {
+        tx.rotate_freed().await?;
+    }
+    while tx.remaining().avail < need {
+        let room = tx.policy().list_max - tx.remaining().avail;
+        let extent = match alloc_extent(tx, root, u64::from(room)).await {
+            Err(AllocError::NoExtent) => return Err(AllocError::NoSpace),
+            extent => extent?,
+        };
+        probe("running_list_widened");
+        tx.add_avail(extent.start..extent.end()).await?;
+    }
+    Ok(())
+}
+
 /// Moves a list's blocks to `root` as extents; may stop early with success, after
-/// `Policy::empty_runs` or when the transaction is low, leaving the rest.
+/// `runs` extents or when the transaction is low, leaving the rest.
 ///
 /// # Errors
 /// `Overlap`, `RunningList`; btree errors. What was moved until then stays moved.
@@ -88,11 +115,11 @@ pub async fn empty_list(
     tx: &Tx,
     head: &mut AllocListHead,
     root: &mut AllocRoot,
+    mut runs: u32,
 ) -> Result<(), AllocError> {
     check_not_running(tx, head)?;
-    let mut runs = 0;
     while !head.block_ref.is_null() {
-        if runs >= tx.policy().empty_runs || !has_room(tx, root, 1, 1) {
+        if runs == 0 || !has_room(tx, root, 1, 1) {
             probe("empty_stopped_early");
             return Ok(());
         }
@@ -114,7 +141,67 @@ pub async fn empty_list(
         tx.check_range(start + u64::from(len) - 1)?;
         insert_extent(tx, root, start, u64::from(len)).await?;
         tx.edit(blkno, |b| ListBlockMut::new(b).remove(head, len));
-        runs += 1;
+        runs -= 1;
+    }
+    Ok(())
+}
+
+/// Moves blocks of a freed list straight into an avail list that has fewer than `lo`
+/// entries, up to `target`, without any tree: for when space is so low that the trees
+/// have nothing and the running list can not pay for changing one.
+///
+/// Both lists belong to the pair that is idle now (spec 03 section 11). What is on its
+/// freed list is referred to by no super that is stable when the pair runs: the blocks
+/// were freed before this commit, or stop being referred to with it. So they may be
+/// allocated in the next commit, as those of a tree that has changed its role.
+///
+/// # Errors
+/// `RunningList`; block errors. What was moved until then stays moved.
+pub async fn recycle_list(
+    tx: &Tx,
+    freed: &mut AllocListHead,
+    avail: &mut AllocListHead,
+    lo: u32,
+    target: u32,
+) -> Result<(), AllocError> {
+    check_not_running(tx, freed)?;
+    check_not_running(tx, avail)?;
+    let target = target.min(tx.policy().list_max);
+    if avail.first_nr.get() >= lo.min(target) {
+        return Ok(());
+    }
+    while avail.first_nr.get() < target && !freed.block_ref.is_null() {
+        if !tx.remaining().fits(RECYCLE_ROOM) {
+            probe("recycle_stopped_early");
+            return Ok(());
+        }
+        if freed.first_nr.get() == 0 {
+            trim(tx, freed).await?;
+            continue;
+        }
+        for head in [&mut *freed, &mut *avail] {
+            if head.block_ref.is_null() || !tx.is_dirty(head.block_ref.blkno.get()) {
+                dirty_first(tx, head).await?;
+            }
+        }
+        probe("freed_blocks_recycled");
+        let count = freed.first_nr.get().min(target - avail.first_nr.get());
+        let blknos: Vec<u64> = tx.view(freed.block_ref.blkno.get(), |b| {
+            let entries = &ListBlock::new(b).entries()[..count as usize];
+            entries.iter().map(|blkno| blkno.get()).collect()
+        });
+        for blkno in &blknos {
+            tx.check_range(*blkno)?;
+        }
+        tx.edit(freed.block_ref.blkno.get(), |b| {
+            ListBlockMut::new(b).remove(freed, count);
+        });
+        tx.edit(avail.block_ref.blkno.get(), |b| {
+            let mut block = ListBlockMut::new(b);
+            for blkno in blknos {
+                block.add(avail, blkno);
+            }
+        });
     }
     Ok(())
 }

@@ -23,7 +23,8 @@ mod world_tests;
 pub use data::{DataAlloc, root_is_low, set_root_low};
 pub use free::{alloc_extent, ext_mod, insert_extent, read_extents, remove_extent};
 pub use lists::{
-    empty_list, fill_list, has_room, list_is_low, set_list_low, splice_list, verify_list,
+    empty_list, fill_list, has_room, list_is_low, recycle_list, set_list_low, splice_list,
+    verify_list, widen_running,
 };
 pub use moves::move_extents;
 pub use totals::{read_statfs, read_totals};

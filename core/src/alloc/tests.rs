@@ -188,7 +188,15 @@ fn lists_fill_splice_and_empty_without_losing_a_block() {
     let mut heads = [AllocListHead::default(); 3];
     for _ in 0..200 {
         let at = entropy.range(0, 3) as usize;
-        match entropy.range(0, 3) {
+        match entropy.range(0, 4) {
+            3 => {
+                let target = entropy.range(1, 200) as u32;
+                let mut src = std::mem::take(&mut heads[(at + 1) % 3]);
+                block_on(recycle_list(&tx, &mut src, &mut heads[at], target, target)).unwrap();
+                let got = heads[at].first_nr.get();
+                assert!(got >= target || src == AllocListHead::default(), "{got}");
+                heads[(at + 1) % 3] = src;
+            }
             0 => {
                 let target = entropy.range(1, 200) as u32;
                 let filled = fill_list(&tx, &mut heads[at], &mut root, target, target);
@@ -202,7 +210,7 @@ fn lists_fill_splice_and_empty_without_losing_a_block() {
                 block_on(splice_list(&tx, &mut heads[at], &mut src)).unwrap();
                 assert_eq!(src, AllocListHead::default());
             }
-            _ => block_on(empty_list(&tx, &mut heads[at], &mut root)).unwrap(),
+            _ => block_on(empty_list(&tx, &mut heads[at], &mut root, u32::MAX)).unwrap(),
         }
         let lists = heads.iter().flat_map(|head| entries(&tx, head));
         let free = extents(&tx, &root)
@@ -256,8 +264,13 @@ fn the_running_lists_are_not_touched() {
     let refused = Err(AllocError::RunningList);
     let filled = fill_list(&tx, &mut running, &mut root, 8185, 8185);
     assert_eq!(block_on(filled), refused);
-    assert_eq!(block_on(empty_list(&tx, &mut running, &mut root)), refused);
+    assert_eq!(
+        block_on(empty_list(&tx, &mut running, &mut root, 1)),
+        refused
+    );
     let mut other = AllocListHead::default();
+    let recycled = recycle_list(&tx, &mut running, &mut other, 1, 1);
+    assert_eq!(block_on(recycled), refused);
     assert_eq!(
         block_on(splice_list(&tx, &mut other, &mut running)),
         refused

@@ -119,6 +119,11 @@ impl World {
         let (other, from) = (self.cur ^ 1, self.from);
         let (tx, sup) = (&self.server, &mut self.sup);
         let (lo, target) = (self.policy.meta_fill_lo, self.policy.meta_fill_target);
+        // Some commits do without the trees.
+        if self.rng.range(0, 3) == 0 {
+            let (freed, avail) = (&mut sup.freed[other], &mut sup.avail[other]);
+            recycle_list(tx, freed, avail, lo, target).await?;
+        }
         fill_list(
             tx,
             &mut sup.avail[other],
@@ -127,7 +132,9 @@ impl World {
             target,
         )
         .await?;
-        empty_list(tx, &mut sup.freed[other], &mut sup.meta_alloc[from ^ 1]).await?;
+        let runs = self.rng.range(0, 40) as u32;
+        let freed = &mut sup.freed[other];
+        empty_list(tx, freed, &mut sup.meta_alloc[from ^ 1], runs).await?;
         tx.prepare_commit();
         tx.write().await?;
         (sup.avail[self.cur], sup.freed[self.cur]) = tx.heads();

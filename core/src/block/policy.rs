@@ -62,7 +62,7 @@ pub struct Policy {
     /// Entries used since the hold after which freeing loops commit.
     pub free_commit_limit: u32,
     /// Runs of freed blocks that a server commit takes back from a list at most; the
-    /// rest waits for later commits.
+    /// rest waits for later commits. Not heeded when metadata is low.
     pub empty_runs: u32,
     /// Entries of the server's lists that one unit of splicing a merge may use:
     /// replacing, or rebalancing, one path of the fs root, and two spliced lists.

@@ -217,6 +217,48 @@ impl Tx {
         Ok(())
     }
 
+    /// Puts a new first block before the running freed list, in the middle of the
+    /// transaction: as many blocks can be freed as in a fresh list. Costs one block.
+    ///
+    /// # Errors
+    /// As [`Tx::alloc_meta`]; then nothing changed.
+    pub async fn rotate_freed(&self) -> Result<(), BlockError> {
+        let blkno = self.alloc_meta().await?;
+        probe("freed_list_rotated_within");
+        let old = self.state.borrow().freed.block_ref;
+        let first = self.create(blkno, AlignedBuf::zeroed(LG_BLOCK_SIZE), Magic::AllocList);
+        self.edit(blkno, |bytes| ListBlockMut::new(bytes).head().next = old);
+        let freed = &mut self.state.borrow_mut().freed;
+        (freed.block_ref, freed.first_nr) = (first, 0.into());
+        Ok(())
+    }
+
+    /// Gives the running avail list more blocks, which nobody owns and no stable super
+    /// refers to.
+    ///
+    /// # Errors
+    /// As [`Tx::alloc_meta`]; then nothing changed.
+    ///
+    /// # Panics
+    /// If the list has no room for them.
+    pub(crate) async fn add_avail(
+        &self,
+        blknos: impl IntoIterator<Item = u64>,
+    ) -> Result<(), BlockError> {
+        self.open().await?;
+        self.note_change();
+        let state = &mut *self.state.borrow_mut();
+        let list = state.avail.block_ref.blkno.get();
+        self.cache.edit(list, self.id, |bytes| {
+            let mut block = ListBlockMut::new(bytes);
+            for blkno in blknos {
+                block.add(&mut state.avail, blkno);
+            }
+            block.sort();
+        });
+        Ok(())
+    }
+
     /// Frees a block that nothing refers to any more; if it is dirty here it is
     /// not written either.
     ///

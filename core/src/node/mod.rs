@@ -18,7 +18,7 @@ mod glue;
 use crate::block::{self, Cache};
 use crate::client::{Client, ClientConfig};
 use crate::env::{
-    BlockDevice, DeviceError, DeviceRole, Duration, Env, Gate, mutant, probe, race, timeout,
+    BlockDevice, DeviceError, DeviceRole, Duration, Either, Env, Gate, mutant, probe, race, timeout,
 };
 use crate::errno::Errno;
 use crate::format::SuperBlock;
@@ -71,6 +71,12 @@ pub struct NodeConfig {
     pub quorum: quorum::Policy,
     /// Server.
     pub server: server::Policy,
+    /// How long this mount may be without a server before it gives up, as if the cluster
+    /// had declared it dead; `None` waits for ever, as the original does. Longer than a
+    /// cluster with fence agents that work needs to elect a leader, to fence who is
+    /// missing and to recover: who is out of touch for longer is not missed any more, or
+    /// there is no cluster, and its users are to learn of it.
+    pub out_of_touch: Option<Duration>,
     /// The volume's cluster key; `None` trusts the network.
     pub cluster_key: Option<ClusterKey>,
 }
@@ -90,6 +96,7 @@ impl NodeConfig {
             fs: fs::Policy::default(),
             quorum: quorum::Policy::default(),
             server: server::Policy::default(),
+            out_of_touch: Some(Duration::from_secs(300)),
             cluster_key: None,
         }
     }
@@ -187,6 +194,7 @@ pub struct Mount {
     guard: Rc<WriteGuard>,
     reports: server::ReportBoard,
     write_check: Duration,
+    out_of_touch: Option<Duration>,
 }
 
 impl Mount {
@@ -298,6 +306,7 @@ impl Mount {
             guard: guard.clone(),
             reports,
             write_check: limit,
+            out_of_touch: config.out_of_touch,
         })
     }
 
@@ -322,15 +331,29 @@ impl Mount {
         *self.merges.borrow_mut() = Some(worker);
         let (client, evicted) = (self.client.clone(), self.evicted.clone());
         let (env, guard) = (self.env.clone(), self.guard.clone());
+        let out_of_touch = self.out_of_touch;
         self.env.spawn("evicted", async move {
-            race(client.evicted(), guard.lost()).await;
-            guard.shut();
+            let declared_dead = race(client.evicted(), guard.lost());
+            let why = race(declared_dead, too_long_alone(&env, &client, out_of_touch)).await;
+            let alone = matches!(why, Either::Right(()));
+            if alone {
+                probe("node.out_of_touch");
+                tracing::error!("no server was reached for too long");
+            } else {
+                guard.shut();
+            }
+            // Of one that is alone nobody has given anything away yet, and it writes nothing
+            // new (`guard`): what is in flight ends before its users get errors.
             let deadline = env.clock.now() + IN_FLIGHT_PATIENCE;
             if timeout(&*env.clock, deadline, guard.idle()).await.is_none() {
                 tracing::error!("a device does not end the writes it was given");
             }
-            tracing::error!("this mount was declared dead by its cluster and gives up");
+            if !alone {
+                tracing::error!("this mount was declared dead by its cluster");
+            }
+            tracing::error!("this mount gives up");
             evicted.open();
+            guard.shut();
         });
         Ok(())
     }
@@ -411,9 +434,15 @@ impl Mount {
         &self.locks
     }
 
-    /// Completes when the cluster declared this mount dead: the caller forces the unmount.
+    /// Completes when the cluster declared this mount dead, or could not be reached for too
+    /// long: the caller forces the unmount.
     pub async fn evicted(&self) {
         self.evicted.wait().await;
+    }
+
+    /// Whether [`Mount::evicted`] has completed.
+    pub fn is_evicted(&self) -> bool {
+        self.evicted.is_open()
     }
 
     /// Id of this mount.
@@ -505,6 +534,25 @@ impl Drop for Mount {
         self.locks.clear_hooks();
         // Its look at the volume has parts of the mount, which have the guard.
         self.guard.shut();
+    }
+}
+
+/// Completes when the client has been without a server for that long; noticed within half
+/// as much again. Never without a limit.
+///
+/// A mount that is cut off has stopped writing long before: its look at the volume says
+/// that nobody knows (`guard`), so nothing of it lands late. What this ends is the
+/// waiting of its users, if no agent ever fences it: they get EIO.
+async fn too_long_alone(env: &Env, client: &Client, limit: Option<Duration>) {
+    let Some(limit) = limit else {
+        return std::future::pending().await;
+    };
+    loop {
+        match client.detached_for() {
+            Some(alone) if alone >= limit => return,
+            Some(alone) => env.sleep(limit - alone).await,
+            None => env.sleep(limit / 2).await,
+        }
     }
 }
 

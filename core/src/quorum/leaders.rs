@@ -56,6 +56,33 @@ pub fn superseded<'a>(own_term: u64, blocks: impl IntoIterator<Item = &'a Quorum
     })
 }
 
+/// Whether the leader of `own_term` in `own_slot` is to give way to another of the same
+/// term, whose mount has its slot still: its server must not start. Where one vote is
+/// enough, two members that start together elect themselves in one term, and each finds
+/// the other's ELECT. If both fenced, both would be dead. So one of them steps back as
+/// if it had been outvoted: for one that has recorded FENCE and may serve already, else
+/// for the one of the lower slot, which gives the other time to record its STOP. One
+/// that was wrong to do so, since the other is dead, is elected again in the next term,
+/// and fences it then.
+///
+/// Not for mounts that are known to be `gone`: those are fenced at once.
+pub fn gives_way<'a>(
+    own_term: u64,
+    own_slot: usize,
+    blocks: impl IntoIterator<Item = (usize, &'a QuorumBlock)>,
+    gone: impl Fn(u64) -> bool,
+) -> bool {
+    blocks.into_iter().any(|(slot, block)| {
+        let elect = block.event(QuorumEventKind::Elect);
+        let twin = slot != own_slot
+            && elect.term.get() == own_term
+            && unresolved(block)
+            && block.event(QuorumEventKind::Begin).rid == elect.rid;
+        let serves = term(block, QuorumEventKind::Fence) == own_term;
+        twin && (serves || slot < own_slot) && !gone(elect.rid.get())
+    })
+}
+
 /// Whether STOP in the block of `own_slot` would hide an earlier mount of this slot
 /// that led, may still write, and that nobody has fenced: readers take a FENCE
 /// below STOP as done with. That happens when a server stops before it has fenced

@@ -25,7 +25,7 @@ pub use block::{BlockIo, QuorumBlockError};
 pub use brain::{Brain, Policy, Role, ServerPhase, Status};
 pub use config::{ConfigError, Slots};
 pub use leaders::{
-    LeaderCandidate, fence_candidates, find_server, find_servers, has_slot, steps_down,
+    LeaderCandidate, fence_candidates, find_server, find_servers, gives_way, has_slot, steps_down,
     stop_would_hide, superseded, unresolved,
 };
 

@@ -16,11 +16,14 @@ use super::{FenceReason, FenceRequest, Handle, ServerConfig, Status};
 use crate::env::{
     DeviceRole, Duration, Either, Env, Gate as Door, Listener, Signal, mutant, probe, race,
 };
-use crate::format::{QuorumEventKind, SuperBlock};
+use crate::format::{QuorumBlock, QuorumEventKind, SuperBlock};
 use crate::guard::{Standing, WriteGuard};
 use crate::locks::omap::OmapServer;
 use crate::locks::server::LockServer;
-use crate::quorum::{LeaderCandidate, Slots, fence_candidates, has_slot, steps_down, superseded};
+use crate::notice::Notice;
+use crate::quorum::{
+    LeaderCandidate, Slots, fence_candidates, gives_way, has_slot, steps_down, superseded,
+};
 use crate::volume;
 use crate::wire::listener::{Connections, ListenerConfig, Origin};
 use std::cell::{Cell, RefCell};
@@ -31,8 +34,12 @@ use std::rc::Rc;
 
 /// Time between two looks for clients that are provably dead.
 const DEAD_LOOK: Duration = Duration::from_millis(250);
+/// Time between two log lines about clients that can not be looked for.
+const DEAD_LOOK_NOTICE: Duration = Duration::from_secs(10);
 /// Time between two looks whether an earlier leader has stopped.
 const LEADER_LOOK: Duration = Duration::from_millis(20);
+/// Time between two looks for another leader, while earlier ones are fenced.
+const REPLACED_LOOK: Duration = Duration::from_millis(100);
 
 /// One server instance.
 pub(super) struct Server {
@@ -200,13 +207,25 @@ impl Server {
         if !self.config.fence.can_prove() {
             return;
         }
+        let mut notice = Notice::new(DEAD_LOOK_NOTICE);
         loop {
             let pause = self.env.sleep(DEAD_LOOK);
             if self.unless_stopping(pause).await.is_none() {
                 return;
             }
-            // An error shows elsewhere.
-            for (rid, client) in self.store.mounted().await.unwrap_or_default() {
+            let mounted = match self.store.mounted().await {
+                Ok(mounted) => mounted,
+                // Not an empty list: nobody is known to be alive or dead. Who is awaited
+                // is fenced after the usual time if this goes on.
+                Err(err) => {
+                    probe("server.absent.list_unreadable");
+                    if let Some(more) = notice.admit(self.env.clock.now()) {
+                        tracing::warn!(%err, more, "looking for mounts that are dead");
+                    }
+                    continue;
+                }
+            };
+            for (rid, client) in mounted {
                 let here = self.peers().is_none_or(|peers| peers.is_connected(rid));
                 if here || self.departed.borrow().contains(&rid) || self.fences.contains(rid) {
                     continue;
@@ -362,13 +381,72 @@ pub(super) async fn fence_leaders(
     if mutant("leader_fence_not_awaited") {
         return Ok(());
     }
-    Ok(fences.wait_all(config.policy.leader_fence_timeout).await?)
+    let fenced = fences.wait_all(config.policy.leader_fence_timeout);
+    match race(fenced, wait_replaced(env, config, &*meta, &slots)).await {
+        Either::Left(fenced) => Ok(fenced?),
+        Either::Right(error) => Err(error),
+    }
+}
+
+/// Completes when another leader shows for whom this one is to stop: of a greater term,
+/// or of the same and with the better right. It may have recorded its election after this
+/// one looked, and waits.
+async fn wait_replaced(
+    env: &Env,
+    config: &ServerConfig,
+    meta: &dyn crate::env::BlockDevice,
+    slots: &Slots,
+) -> ServerError {
+    loop {
+        env.sleep(REPLACED_LOOK).await;
+        // What can not be read says nothing.
+        if let Ok(blocks) = read_blocks(config, meta, slots).await
+            && let Err(error) = check_not_replaced(config, slots, &blocks)
+        {
+            return error;
+        }
+    }
+}
+
+async fn read_blocks(
+    config: &ServerConfig,
+    meta: &dyn crate::env::BlockDevice,
+    slots: &Slots,
+) -> Result<Vec<(usize, QuorumBlock)>> {
+    let mut blocks = Vec::new();
+    for (slot, _) in slots.iter() {
+        let block = volume::read_quorum_block(meta, config.fsid, slot).await?;
+        blocks.push((slot, block));
+    }
+    Ok(blocks)
+}
+
+/// An error if another leader has the better right to serve.
+fn check_not_replaced(
+    config: &ServerConfig,
+    slots: &Slots,
+    blocks: &[(usize, QuorumBlock)],
+) -> Result<()> {
+    let term = config.term;
+    if superseded(term, blocks.iter().map(|(_, block)| block)) {
+        probe("server.fence.superseded");
+        return Err(ServerError::Superseded { term });
+    }
+    let own_slot = slots.iter().find(|(_, addr)| *addr == config.addr);
+    let by_slot = blocks.iter().map(|(slot, block)| (*slot, block));
+    let gone = |rid| config.fence.is_gone(rid);
+    if own_slot.is_some_and(|(slot, _)| gives_way(term, slot, by_slot, gone)) {
+        probe("server.fence.gives_way");
+        return Err(ServerError::GivesWay { term });
+    }
+    Ok(())
 }
 
 /// The earlier leaders that must be fenced. One that lives and was only outvoted, by a
 /// member that was cut off and came back with a greater term, learns of it by a
 /// message and stops by itself within moments: it gets these moments. What shows
 /// that it knows is its own block, not a message, so it does not matter who hears whom.
+/// One of the same term learns of us from our block, and gives way.
 async fn leaders_to_fence(
     env: &Env,
     config: &ServerConfig,
@@ -377,22 +455,16 @@ async fn leaders_to_fence(
 ) -> Result<Vec<LeaderCandidate>> {
     let began = env.clock.now();
     loop {
-        let mut blocks = Vec::new();
-        for (slot, _) in slots.iter() {
-            let block = volume::read_quorum_block(meta, config.fsid, slot).await?;
-            blocks.push((slot, block));
-        }
-        if superseded(config.term, blocks.iter().map(|(_, block)| block)) {
-            probe("server.fence.superseded");
-            return Err(ServerError::Superseded { term: config.term });
-        }
+        let blocks = read_blocks(config, meta, slots).await?;
+        check_not_replaced(config, slots, &blocks)?;
         let by_slot = blocks.iter().map(|(slot, block)| (*slot, block));
         let leaders = fence_candidates(config.term, config.rid, by_slot);
         let waited = env.clock.now().since(began);
         let may_stop = |leader: &LeaderCandidate| {
             let block = blocks.iter().find(|(slot, _)| *slot == leader.slot);
             let (_, block) = block.expect("a candidate's block was read");
-            let patience = match steps_down(leader, block) {
+            let knows = steps_down(leader, block) || leader.term == config.term;
+            let patience = match knows {
                 true => config.policy.leader_stop_patience,
                 false => config.policy.leader_grace,
             };

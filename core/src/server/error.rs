@@ -62,6 +62,12 @@ pub enum ServerError {
         /// Our term.
         term: u64,
     },
+    /// Another leader of the same term has the better right to serve.
+    #[error("another leader of term {term} was elected and goes first: this server does not start")]
+    GivesWay {
+        /// Our term.
+        term: u64,
+    },
     /// Someone could not be fenced.
     #[error("{0}")]
     Fence(#[from] FenceError),
@@ -126,7 +132,11 @@ impl ServerError {
             Self::LogTreesSeqs { .. } => Errno::EINVAL,
             Self::ItemSize { .. } | Self::ItemMissing(_) => Errno::EIO,
             Self::Device(DeviceError::Shut) => Errno::ENOLINK,
-            Self::Device(_) | Self::Net(_) | Self::Fence(_) | Self::Superseded { .. } => Errno::EIO,
+            Self::Device(_)
+            | Self::Net(_)
+            | Self::Fence(_)
+            | Self::Superseded { .. }
+            | Self::GivesWay { .. } => Errno::EIO,
             Self::NoSpace => Errno::ENOSPC,
             Self::NotMounted { .. } => Errno::EINVAL,
             Self::Refused(errno) => *errno,

@@ -21,13 +21,17 @@ use super::merge::Round;
 use super::store::{Dirty, Store};
 use crate::alloc::{self, AllocError, Zones};
 use crate::btree;
-use crate::env::{mutant, probe};
+use crate::env::{Duration, mutant, probe};
 use crate::errno::Errno;
 use crate::format::{
     AllocListHead, AllocRoot, BtreeRoot, Key, LOG_TREES_FLAG_FINALIZED, LogTrees,
     SRCH_LOG_ROTATE_BLOCKS, SrchFile,
 };
 use std::rc::Rc;
+
+/// How many times the usual wait for a merge to start is waited at most: a mount that
+/// lives and can not commit, which would never end it, must not hold up the others for long.
+const MERGE_PATIENCE_MAX: u32 = 10;
 
 /// Seqs from here on can not come from a sane peer.
 const SEQ_LIMIT: u64 = 1 << 63;
@@ -57,7 +61,7 @@ impl Store {
     /// # Errors
     /// The client asks again after any error; it says nothing about what was done.
     pub async fn get_log_trees(self: &Rc<Self>, rid: u64) -> Result<LogTrees> {
-        let deadline = self.env().clock.now() + self.policy.log_merge_wait_timeout;
+        let deadline = self.env().clock.now() + self.merge_patience();
         let mut pause = self.policy.finalize_poll_min;
         let (log, fresh) = loop {
             let late = self.env().clock.now() >= deadline;
@@ -81,6 +85,16 @@ impl Store {
         }
     }
 
+    /// How long to wait for everybody else to finalize. Where commits take longer than
+    /// the usual wait no merge would ever start: each mount would come, wait, and open its
+    /// next transaction before the others had committed theirs, leaving one more finalized
+    /// log tree each time, all of which every read has to look at. So the wait grows with
+    /// each round of them that was in vain.
+    fn merge_patience(&self) -> Duration {
+        let rounds = self.merge_waits.get() / self.clients();
+        self.policy.log_merge_wait_timeout * (1 + rounds).min(MERGE_PATIENCE_MAX)
+    }
+
     /// Opens the transaction, unless something about a coming merge is first.
     async fn open_or_wait(
         &self,
@@ -90,7 +104,11 @@ impl Store {
     ) -> Result<Result<Result<(LogTrees, bool)>, Round>> {
         self.require_mounted(d, rid).await?;
         match self.merge_round(d, rid).await? {
-            Round::Wait if late => probe("server.merge.wait_timeout"),
+            Round::Wait if late => {
+                probe("server.merge.wait_timeout");
+                self.merge_waits
+                    .set(self.merge_waits.get().saturating_add(1));
+            }
             Round::Proceed => {}
             round => return Ok(Err(round)),
         }

@@ -125,6 +125,7 @@ impl Store {
     /// Everybody's newest tree is finalized: no item to come is older than any in them.
     async fn start_merge(&self, d: &mut Dirty) -> Result<()> {
         probe("server.merge.start");
+        self.merge_waits.set(0);
         self.insert_range(d, Key::ZEROS, Key::ONES)
             .await
             .or_fatal()?;
@@ -473,21 +474,22 @@ impl Store {
     }
 
     /// Everything is in the fs root: all inputs go at once, in a commit that nobody
-    /// else shares (spec 05 section 8).
+    /// else shares (spec 05 section 8). How many there are is not bounded, so that commit
+    /// gets more room as it needs it.
     async fn end_merge(self: &Rc<Self>) -> Result<()> {
-        let inputs = {
-            let d = self.dirty().await;
-            match self.merge_status(&d).await? {
-                Some(status) => self.merge_inputs(&d, status.seq.get()).await?.len(),
-                None => return Ok(()),
-            }
-        };
         let unit = self.cache.policy().splice_unit;
-        let hold = self.hold_alone(2 * inputs as u32 + 2 * unit).await?;
+        let hold = self.hold_alone(2 * unit).await?;
         let result = self.remove_inputs(&mut *self.dirty().await).await;
         hold.apply(result).await?;
         self.kick_merge_free();
         Ok(())
+    }
+
+    /// Room in the lists while inputs are removed: one of them, a change of the tree that
+    /// more blocks come from, and the commit's own.
+    fn input_room(&self) -> u32 {
+        let policy = self.cache.policy();
+        2 * policy.splice_unit + policy.commit_budget
     }
 
     async fn remove_inputs(&self, d: &mut Dirty) -> Result<()> {
@@ -500,8 +502,21 @@ impl Store {
         if busy {
             return Ok(());
         }
+        let inputs = self.merge_inputs(d, status.seq.get()).await?;
+        // A leaf of the log trees' records that is not nearly empty has two at least: no
+        // more blocks than that are copied. Known to be there before anything is removed.
+        let blocks = u64::from(self.tx.remaining().avail) + d.meta_avail().total_len.get();
+        if blocks < u64::from(self.input_room()) + inputs.len() as u64 / 2 {
+            probe("server.merge.end_no_space");
+            return Err(ServerError::NoSpace);
+        }
         probe("server.merge.end");
-        for log in self.merge_inputs(d, status.seq.get()).await? {
+        for log in inputs {
+            match alloc::widen_running(&self.tx, d.meta_avail(), self.input_room()).await {
+                // What is left in the list was counted above.
+                Ok(()) | Err(AllocError::NoSpace) => {}
+                Err(err) => return Err(ServerError::from(err).fatal()),
+            }
             self.remove_input(d, &log).await.or_fatal()?;
         }
         let key = Key::log_merge_status();

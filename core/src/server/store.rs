@@ -82,6 +82,8 @@ pub struct Store {
     commits: Cell<u64>,
     /// Core seq up to which open transactions were asked to commit for a merge.
     pub(super) finalize_sent_seq: Cell<u64>,
+    /// Times that somebody has waited in vain for a merge to start, since the last did.
+    pub(super) merge_waits: Cell<u32>,
     sync_hook: RefCell<Option<SyncHook>>,
     merge_free: Notify,
 }
@@ -160,6 +162,7 @@ impl Store {
             failed: Door::default(),
             commits: Cell::new(0),
             finalize_sent_seq: Cell::new(0),
+            merge_waits: Cell::new(0),
             sync_hook: RefCell::default(),
             merge_free: Notify::new(),
         });
@@ -226,6 +229,11 @@ impl Store {
     /// Sets the number of connected clients, which the reserve depends on.
     pub fn set_clients(&self, clients: u64) {
         self.clients.set(clients);
+    }
+
+    /// Connected clients, one at least.
+    pub(super) fn clients(&self) -> u32 {
+        u32::try_from(self.clients.get().max(1)).unwrap_or(u32::MAX)
     }
 
     /// Metadata blocks kept back from operations that add items (03 section 17).
@@ -414,17 +422,31 @@ impl Store {
         Ok(())
     }
 
-    /// Refills the idle avail list and empties the idle freed list.
+    /// Refills the idle avail list and empties the idle freed list (spec 03 sections 12
+    /// and 17).
     async fn exchange_lists(&self, dirty: &mut Dirty) -> Result<()> {
         let (other, from) = (dirty.cur ^ 1, dirty.avail_tree);
         let policy = self.cache.policy().clone();
         let sup = &mut dirty.sup;
+        // As long as little is left, no commit may cost more blocks than it takes back:
+        // what was freed is used again without the way through the trees, and all of it
+        // is taken back. Else commits eat what the trees have while the freed lists grow,
+        // and a server whose running list can not pay for a change of a tree any more
+        // never gets at those again.
+        let free = sup.meta_alloc[from].total_len.get();
+        let low = policy.meta_is_low(free, self.clients.get());
+        let (lo, target) = (policy.meta_fill_lo, policy.meta_fill_target);
+        if low {
+            let freed = &mut sup.server_meta_freed[other];
+            let avail = &mut sup.server_meta_avail[other];
+            alloc::recycle_list(&self.tx, freed, avail, lo, target).await?;
+        }
         let filled = alloc::fill_list(
             &self.tx,
             &mut sup.server_meta_avail[other],
             &mut sup.meta_alloc[from],
-            policy.meta_fill_lo,
-            policy.meta_fill_target,
+            lo,
+            target,
         )
         .await;
         match filled {
@@ -433,8 +455,9 @@ impl Store {
             Err(AllocError::NoSpace) => probe("server.commit.avail_short"),
             Err(err) => return Err(err.into()),
         }
-        let freed = &mut sup.server_meta_freed[other];
-        alloc::empty_list(&self.tx, freed, &mut sup.meta_alloc[from ^ 1]).await?;
+        let runs = if low { u32::MAX } else { policy.empty_runs };
+        let (freed, to) = (&mut sup.server_meta_freed[other], from ^ 1);
+        alloc::empty_list(&self.tx, freed, &mut sup.meta_alloc[to], runs).await?;
         Ok(())
     }
 

@@ -73,12 +73,21 @@ pub struct Sim {
     running: Cell<u32>,
     running_node: Cell<u32>,
     reached: RefCell<BTreeMap<u32, &'static str>>,
+    /// What is to be done when a mount comes to a probe, by seat.
+    steps: RefCell<BTreeMap<u32, Step>>,
     next_task: Cell<u64>,
     /// Nanoseconds by which slow reads were delayed, all of them together.
     delayed: Cell<u64>,
     /// What is to be done between two steps, by when, and when the first is.
     looks: RefCell<BTreeMap<u64, Vec<Look>>>,
     next_look: Cell<u64>,
+}
+
+/// Something to be done when a probe was reached so many times more.
+struct Step {
+    probe: &'static str,
+    left: u8,
+    then: Box<dyn FnOnce()>,
 }
 
 impl Sim {
@@ -115,6 +124,7 @@ impl Sim {
             running: Cell::new(0),
             running_node: Cell::new(0),
             reached: RefCell::default(),
+            steps: RefCell::default(),
             next_task: Cell::new(0),
             delayed: Cell::new(0),
             looks: RefCell::default(),
@@ -169,6 +179,35 @@ impl Sim {
         let seat = self.running.get();
         if seat != 0 {
             self.reached.borrow_mut().insert(seat, name);
+            self.step(seat, name);
+        }
+    }
+
+    /// Calls `f` when the mount of this seat has come to a probe so many times: as soon as
+    /// the task waits that came to it.
+    pub fn set_step(&self, seat: u32, probe: &'static str, times: u8, f: impl FnOnce() + 'static) {
+        let step = Step {
+            probe,
+            left: times.max(1),
+            then: Box::new(f),
+        };
+        self.steps.borrow_mut().insert(seat, step);
+    }
+
+    /// Forgets what [`Sim::set_step`] was told.
+    pub fn clear_step(&self, seat: u32) {
+        self.steps.borrow_mut().remove(&seat);
+    }
+
+    fn step(&self, seat: u32, name: &str) {
+        let mut steps = self.steps.borrow_mut();
+        let Some(step) = steps.get_mut(&seat).filter(|step| step.probe == name) else {
+            return;
+        };
+        step.left -= 1;
+        if step.left == 0 {
+            let step = steps.remove(&seat).expect("as found");
+            self.add(self.now(), Action::Call(step.then));
         }
     }
 

@@ -17,8 +17,8 @@ use outrider_core::env::Time;
 use outrider_core::format::{InetAddr, QuorumBlock, QuorumConfig, QuorumEventKind};
 use outrider_core::quorum::brain::{Effect, Input, Message, MessageKind};
 use outrider_core::quorum::{
-    Brain, Policy, Role, ServerPhase, Slots, fence_candidates, stop_would_hide, superseded,
-    unresolved,
+    Brain, Policy, Role, ServerPhase, Slots, fence_candidates, gives_way, stop_would_hide,
+    superseded, unresolved,
 };
 use std::collections::VecDeque;
 use std::hash::Hasher;
@@ -308,7 +308,8 @@ impl Election {
         let blocks: Vec<QuorumBlock> = seen.iter().map(block_of).collect();
         let brain = member.brain.as_ref().expect("a server's agent lives");
         let term = brain.status().server_start_term;
-        if superseded(term, &blocks) {
+        let twin = gives_way(term, who, blocks.iter().enumerate(), |_| false);
+        if superseded(term, &blocks) || twin {
             member.server = Server::Stopping(false);
             return;
         }

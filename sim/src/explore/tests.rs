@@ -5,7 +5,7 @@ use super::Report;
 use super::scenarios::SCENARIOS;
 use outrider_core::env::set_mutant;
 
-const LIMIT: u64 = 300_000;
+const LIMIT: u64 = 400_000;
 
 fn explore(name: &str) -> Report {
     let scenario = SCENARIOS.iter().find(|s| s.name == name);

@@ -8,6 +8,7 @@ use super::tuning::Knobs;
 use super::{Config, DiskFault, DiskOp, Loss, Mix, PlanOp, When, draw_op};
 use crate::plan::Device;
 use crate::rng::Stream;
+use crate::world::cluster::steps;
 use serde::{Deserialize, Serialize};
 
 /// One machine.
@@ -36,6 +37,9 @@ pub enum Agents {
     Bar,
     /// Sometimes say that they did it, and did nothing.
     Lie,
+    /// Kill it at once, as `Prompt`, and know which processes have ended: of those nobody
+    /// waits whether they come back. One that is stopped has not.
+    Local,
 }
 
 /// Which part of a node stands still.
@@ -222,6 +226,9 @@ pub struct ClusterPlan {
     pub recovery_ms: u32,
     /// How long it waits for one that lost its connection.
     pub reconnect_ms: u32,
+    /// How long a mount may be without a server before it gives up; 0: for ever.
+    #[serde(default)]
+    pub out_of_touch_ms: u32,
     /// Fence agents.
     pub agents: Agents,
     /// What happens.
@@ -362,23 +369,16 @@ pub(super) fn draw(seed: u64, config: &Config, mix: &Mix, knobs: &Knobs) -> Clus
         keepalive_ms: millis("cluster.keepalive_ms", &[3_000, 10_000, 24_000]),
         recovery_ms: rng.pick(&[5_000, 10_000, 30_000]),
         reconnect_ms: rng.pick(&[2_000, 5_000, 20_000]),
-        agents: knobs.name(
-            "cluster.agents",
-            [
-                Agents::Prompt,
-                Agents::Slow,
-                Agents::Fail,
-                Agents::Hang,
-                Agents::Bar,
-                Agents::Lie,
-            ][rng.weighted(&[8, 2, 1, 1, 2, 1])],
-        ),
+        out_of_touch_ms: 0,
+        agents: knobs.name("cluster.agents", draw_agents(seed, &rng)),
         rounds,
         core,
         broken: rng.pick(&[Broken::Dead, Broken::Dark, Broken::Alone, Broken::Still]),
         core_round: cx.work(16, true),
     };
     strike(seed, &mut plan);
+    die_at_steps(seed, knobs, &mut plan);
+    lose_touch(seed, &mut plan);
     if !knobs.flag("cluster.core", true) {
         plan.core = 0;
     }
@@ -406,6 +406,68 @@ fn strike(seed: u64, plan: &mut ClusterPlan) {
             from,
             until: from + 15 * SECOND + rng.below(25 * SECOND),
         });
+    }
+}
+
+/// In some worlds mounts die when they come to one step of the crash tables, whoever
+/// does so first: deaths at some time or request seldom hit the rare ones.
+fn die_at_steps(seed: u64, knobs: &Knobs, plan: &mut ClusterPlan) {
+    // A stream of its own: other seeds keep their plans.
+    let rng = Stream::new(seed, "steps", 0);
+    let some = rng.chance(knobs.chance("cluster.at_steps", 250));
+    if !some {
+        return;
+    }
+    let rare = [
+        "death.while_fencing_absent_client",
+        "death.after_recovery_expired",
+        "death.after_recovery",
+        "death.after_leader_was_deposed",
+    ];
+    for round in &mut plan.rounds {
+        let step = match rng.chance(400) {
+            true => steps::place_of(rng.pick(&rare)),
+            false => rng.below(u64::from(steps::COUNT)) as u8,
+        };
+        // Only of a server or a leader; any other may not be the first to come there.
+        let times = rng.pick(&[1, 1, 1, 2, 5]);
+        for node in 0..plan.nodes.len() as u8 {
+            if !rng.chance(600) || round.ends.iter().any(|end| end.node == node) {
+                continue;
+            }
+            round.ends.push(Ending {
+                node,
+                when: When::Step(step, times),
+                how: rng.pick(&[How::Kill, How::Kill, How::Power]),
+                back: rng.below(rng.pick(&[1_000_000, SECOND, 5 * SECOND])),
+            });
+        }
+    }
+}
+
+/// How the fence agents behave.
+fn draw_agents(seed: u64, rng: &Stream) -> Agents {
+    let drawn = [
+        Agents::Prompt,
+        Agents::Slow,
+        Agents::Fail,
+        Agents::Hang,
+        Agents::Bar,
+        Agents::Lie,
+    ][rng.weighted(&[8, 2, 1, 1, 2, 1])];
+    // A stream of its own: other seeds keep their plans.
+    let sees = Stream::new(seed, "local agents", 0).chance(350);
+    match drawn {
+        Agents::Prompt if sees => Agents::Local,
+        drawn => drawn,
+    }
+}
+
+/// In some worlds mounts do not wait for ever for a server.
+fn lose_touch(seed: u64, plan: &mut ClusterPlan) {
+    let rng = Stream::new(seed, "out of touch", 0);
+    if rng.chance(200) {
+        plan.out_of_touch_ms = rng.pick(&[10_000, 25_000, 60_000]);
     }
 }
 

@@ -74,7 +74,7 @@ fn operations() -> Vec<&'static str> {
 }
 
 /// All keys, but those of `config` and `ops`, with what they mean.
-const KEYS: [(&str, Kind, &str); 36] = [
+const KEYS: [(&str, Kind, &str); 37] = [
     (
         "workload.lives",
         Count(1, 20),
@@ -161,6 +161,11 @@ const KEYS: [(&str, Kind, &str); 36] = [
         Chance,
         "the death of each node in a round",
     ),
+    (
+        "cluster.at_steps",
+        Chance,
+        "a world in which mounts die at steps of the crash tables",
+    ),
     ("cluster.blackout", Chance, "a blackout in a round"),
     (
         "cluster.rolling",
@@ -169,7 +174,7 @@ const KEYS: [(&str, Kind, &str); 36] = [
     ),
     (
         "cluster.agents",
-        Name(&["Prompt", "Slow", "Fail", "Hang", "Bar", "Lie"]),
+        Name(&["Prompt", "Slow", "Fail", "Hang", "Bar", "Lie", "Local"]),
         "fence agents",
     ),
     (

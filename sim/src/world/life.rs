@@ -1,6 +1,7 @@
 //! One life of the mount after the other.
 
 use super::audit::{Auditor, observe};
+use super::cluster::steps;
 use super::workload::{Desk, Scene};
 use super::{MountError, System, World};
 use crate::backend::{Host, spawn};
@@ -36,6 +37,8 @@ pub(super) struct Fate {
     pub(super) host: Host,
     pub(super) died: Gate,
     severed: Gate,
+    /// Whether the mount has given up by itself.
+    gave_up: RefCell<Option<Box<dyn Fn() -> bool>>>,
     /// Opens when its cluster was told that it is dead, whether it is or not.
     pub(super) condemned: Gate,
     /// World time when the last fault ends.
@@ -43,6 +46,8 @@ pub(super) struct Fate {
     /// Operations left until the end, if the plan counts them.
     countdown: Cell<Option<u32>>,
     action: RefCell<Option<End>>,
+    /// The step at which it was struck, if the plan named one.
+    pub(super) struck_at: Cell<Option<&'static str>>,
     /// Other machines use the devices, too.
     shared: bool,
     /// Told at once when the process dies otherwise than in peace.
@@ -56,10 +61,12 @@ impl Fate {
             host: host.clone(),
             died: Gate::default(),
             severed: Gate::default(),
+            gave_up: RefCell::default(),
             condemned: Gate::default(),
             calm,
             countdown: Cell::new(None),
             action: RefCell::new(None),
+            struck_at: Cell::new(None),
             shared,
             on_death: RefCell::default(),
         })
@@ -110,6 +117,7 @@ impl Fate {
     pub(super) fn disarm(&self) {
         self.action.take();
         self.countdown.set(None);
+        self.host.sim.clear_step(self.host.life.seat());
         if self.shared {
             self.host.disks.clear_trap_of(self.host.node.id);
         }
@@ -158,6 +166,30 @@ impl Fate {
         }
     }
 
+    /// Lets the end of this life come at a step of the crash tables.
+    fn doom_at(self: &Rc<Self>, place: u8, times: u8) {
+        let Some(probe) = steps::probe_at(place) else {
+            return; // A plan of a later version.
+        };
+        let weak = Rc::downgrade(self);
+        let seat = self.host.life.seat();
+        self.host.sim.set_step(seat, probe, times, move || {
+            if let Some(fate) = weak.upgrade() {
+                fate.struck_at.set(Some(probe));
+                fate.strike();
+            }
+        });
+    }
+
+    /// It gives up by itself: what it answers from now on is as of a mount that is
+    /// unmounted by force.
+    pub(super) fn give_up(&self) {
+        let sim = &self.host.sim;
+        let (now, node) = (sim.now(), self.host.node.id);
+        sim.trace.event(now, node, "GIVES UP", &[], String::new);
+        self.severed.open();
+    }
+
     /// A call begins.
     pub(super) fn count_call(&self) {
         if let Some(left) = self.countdown.get() {
@@ -173,7 +205,18 @@ impl Fate {
     }
 
     pub(super) fn is_severed(&self) -> bool {
-        self.severed.is_open()
+        let gave_up = || {
+            self.gave_up
+                .borrow()
+                .as_ref()
+                .is_some_and(|gave_up| gave_up())
+        };
+        self.severed.is_open() || (!self.is_condemned() && gave_up())
+    }
+
+    /// How to see that the mount has given up by itself.
+    pub(super) fn gives_up_with(&self, gave_up: impl Fn() -> bool + 'static) {
+        *self.gave_up.borrow_mut() = Some(Box::new(gave_up));
     }
 }
 
@@ -305,6 +348,7 @@ pub(super) fn arm(fate: &Rc<Fate>, end: End, now: u64) {
         }
         When::Request(nth) => fate.doom(nth),
         When::Operations(count) => fate.countdown.set(Some(count)),
+        When::Step(place, times) => fate.doom_at(place, times),
     }
 }
 

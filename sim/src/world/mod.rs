@@ -63,9 +63,13 @@ pub trait System: Sized + 'static {
     /// Whether it tells the kernels of other mounts what they must forget. Without that
     /// a kernel that keeps anything is not right in a world of several nodes.
     const TELLS_OTHER_KERNELS: bool = true;
-    /// Completes when the cluster has declared this mount dead.
+    /// Completes when the cluster has declared this mount dead, or it has given up.
     async fn evicted(&self) {
         std::future::pending().await
+    }
+    /// Whether [`System::evicted`] has completed.
+    fn is_evicted(&self) -> bool {
+        false
     }
     /// What waits in it, for a failure of liveness.
     fn waits(&self) -> String {

@@ -42,6 +42,14 @@ struct SimFence {
 }
 
 impl FenceAgent for SimFence {
+    fn can_prove(&self) -> bool {
+        super::cluster::fencer().is_some_and(|fencer| fencer.can_prove())
+    }
+
+    fn is_gone(&self, rid: u64) -> bool {
+        super::cluster::fencer().is_some_and(|fencer| fencer.is_gone(rid))
+    }
+
     fn fence(
         &self,
         env: &Env,
@@ -91,6 +99,8 @@ fn config(host: &Host, plan: &Plan) -> NodeConfig {
         config.server.keepalive_timeout = millis(cluster.keepalive_ms);
         config.server.recovery_timeout = millis(cluster.recovery_ms);
         config.server.reconnect_timeout = millis(cluster.reconnect_ms);
+        config.out_of_touch =
+            (cluster.out_of_touch_ms > 0).then_some(millis(cluster.out_of_touch_ms));
     }
     config.block = block::Policy::small();
     if plan.config.squeeze >= 1 {
@@ -192,6 +202,10 @@ impl System for Outrider {
 
     async fn evicted(&self) {
         self.mount.evicted().await;
+    }
+
+    fn is_evicted(&self) -> bool {
+        self.mount.is_evicted()
     }
 
     fn waits(&self) -> String {

@@ -8,7 +8,7 @@ use crate::format::QuorumEventKind as Kind;
 use crate::quorum::BlockIo;
 use crate::server::actor::fence_leaders;
 use crate::server::fence::Fences;
-use crate::server::{Policy, ServerConfig};
+use crate::server::{Policy, ServerConfig, ServerError};
 use std::sync::Arc;
 
 const OLD: u64 = 2000;
@@ -110,4 +110,87 @@ fn a_leader_whose_slot_another_mount_has_is_fenced_at_once() {
     let (asked, took) = fenced(&[(0, Kind::Begin, 3000, TERM)]);
     assert_eq!(asked, [OLD]);
     assert!(took < Duration::from_millis(1050), "{took:?}");
+}
+
+/// What the leader of `slot` comes to if another of its term is in slot 1, which
+/// records these events, in milliseconds after it.
+fn twin(
+    slot: usize,
+    events: &'static [(u64, Kind)],
+    dead: &[u64],
+) -> (Option<ServerError>, Vec<u64>, Duration) {
+    let world: TestWorld = volume_of(8, 3);
+    let env = world.env();
+    let agent = Arc::new(Agent::default());
+    agent.gone.lock().unwrap().extend(dead);
+    let config = ServerConfig {
+        fsid: FSID,
+        rid: 1000,
+        term: TERM,
+        addr: addr(19700 + slot as u16),
+        policy: Policy::default(),
+        block_policy: block_policy(),
+        fence: agent.clone(),
+        cluster_key: None,
+        reports: crate::server::ReportBoard::default(),
+    };
+    world.block_on(async {
+        record(&env, Kind::Begin, OLD, 1).await;
+        record(&env, Kind::Elect, OLD, TERM).await;
+        let fences = Fences::new(&env, agent.clone(), config.policy.fence_timeout);
+        let began = env.clock.now();
+        let other = env.clone();
+        let _writer = env.spawn("twin", async move {
+            for (ms, kind) in events {
+                let at = began + Duration::from_millis(*ms);
+                other.clock.sleep_until(at).await;
+                record(&other, *kind, OLD, TERM).await;
+            }
+        });
+        let result = fence_leaders(&env, &config, &fences).await;
+        let took = env.clock.now().since(began);
+        (
+            result.err(),
+            agent.asked().iter().map(|r| r.rid).collect(),
+            took,
+        )
+    })
+}
+
+fn gave_way(result: &Option<ServerError>) -> bool {
+    matches!(result, Some(ServerError::GivesWay { term: TERM }))
+}
+
+#[test]
+fn of_two_leaders_of_one_term_that_of_the_higher_slot_gives_way() {
+    let (result, asked, took) = twin(2, &[], &[]);
+    assert!(gave_way(&result), "{result:?}");
+    assert!(asked.is_empty(), "{asked:?}");
+    assert!(took < Duration::from_millis(100), "{took:?}");
+}
+
+#[test]
+fn of_two_leaders_of_one_term_that_of_the_lower_slot_waits_for_the_other() {
+    let (result, asked, took) = twin(0, &[(2000, Kind::Stop)], &[]);
+    assert!(result.is_none() && asked.is_empty(), "{result:?} {asked:?}");
+    assert!(took > Duration::from_secs(2), "{took:?}");
+    let (result, asked, took) = twin(0, &[], &[]);
+    assert!(result.is_none() && asked == [OLD], "{result:?} {asked:?}");
+    assert!(took > Policy::default().leader_stop_patience, "{took:?}");
+}
+
+#[test]
+fn of_two_leaders_of_one_term_none_is_in_the_way_of_one_that_serves() {
+    let (result, asked, _) = twin(0, &[(1000, Kind::Fence)], &[]);
+    assert!(gave_way(&result), "{result:?}");
+    assert!(asked.is_empty(), "{asked:?}");
+}
+
+#[test]
+fn a_leader_of_the_same_term_that_is_known_to_be_dead_is_fenced_at_once() {
+    for slot in [0, 2] {
+        let (result, asked, took) = twin(slot, &[], &[OLD]);
+        assert!(result.is_none() && asked == [OLD], "{result:?} {asked:?}");
+        assert!(took < Duration::from_millis(1100), "{took:?}");
+    }
 }

@@ -4,6 +4,7 @@
 mod census;
 mod crashes;
 mod leaders;
+mod merge;
 mod mount;
 mod protocol;
 mod store;

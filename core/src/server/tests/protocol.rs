@@ -28,7 +28,7 @@ pub(super) struct Agent {
     asked: Mutex<Vec<FenceRequest>>,
     fails: bool,
     /// These are provably gone.
-    gone: Mutex<BTreeSet<u64>>,
+    pub(super) gone: Mutex<BTreeSet<u64>>,
     proves: bool,
 }
 

@@ -19,6 +19,12 @@ pub trait Fencer {
         env: &Env,
         request: FenceRequest,
     ) -> LocalBoxFuture<'static, Result<(), FenceError>>;
+
+    /// As `FenceAgent::can_prove`.
+    fn can_prove(&self) -> bool;
+
+    /// As `FenceAgent::is_gone`.
+    fn is_gone(&self, rid: u64) -> bool;
 }
 
 thread_local! {
@@ -44,6 +50,20 @@ pub(super) fn remove() {
 }
 
 impl<S: System> Fencer for Host<S> {
+    fn can_prove(&self) -> bool {
+        let world = self.0.upgrade();
+        world.is_some_and(|world| world.agents.get() == Agents::Local)
+    }
+
+    fn is_gone(&self, rid: u64) -> bool {
+        let Some(world) = self.0.upgrade().filter(|_| self.can_prove()) else {
+            return false;
+        };
+        // The host sees the process of every mount there ever was, and that it is stopped
+        // only.
+        world.fate_of(rid).is_some_and(|fate| fate.is_dead())
+    }
+
     fn fence(
         &self,
         env: &Env,

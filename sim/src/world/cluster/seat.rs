@@ -213,11 +213,13 @@ async fn take_seat<S: System>(
     world.fates.borrow_mut().push(Rc::clone(&fate));
     let weak = Rc::downgrade(world);
     let (condemned, node_id) = (fate.condemned.clone(), node.id);
+    let own = Rc::downgrade(&fate);
     *fate.on_death.borrow_mut() = Some(Box::new(move || {
         let Some(world) = weak.upgrade() else { return };
         world.note(node_id, "dead", &[u64::from(seat_number)], String::new);
         world.calm_after(world.sim.now() + 60 * SECOND);
-        let last = world.sim.last_probe(seat_number);
+        let struck_at = own.upgrade().and_then(|fate| fate.struck_at.get());
+        let last = struck_at.or_else(|| world.sim.last_probe(seat_number));
         if let Some(step) = last.and_then(steps::death_after) {
             probe(step);
         }
@@ -310,6 +312,20 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
             });
             scene.give_launder();
             scene.table.borrow_mut().know(world.oracle.borrow().state());
+            // Its answers are those of a severed mount from the moment on in which it gives
+            // up, whenever the task that waits for that is scheduled.
+            let weak = Rc::downgrade(&mount);
+            fate.gives_up_with(move || weak.upgrade().is_some_and(|mount| mount.is_evicted()));
+            let (own, its) = (Rc::clone(&mount), Rc::downgrade(fate));
+            let watch = async move {
+                own.evicted().await;
+                let fate = its.upgrade().filter(|fate| !fate.is_condemned());
+                if let Some(fate) = fate {
+                    // Nobody has declared it dead: it was out of touch for too long.
+                    fate.give_up();
+                }
+            };
+            crate::backend::spawn(&world.sim, &fate.host.life, Box::pin(watch));
             *seat.mounted.borrow_mut() = Some(Mounted { mount, scene });
             world.note(fate.host.node.id, "mounted", &[life], String::new);
             Ok(Went::Well)

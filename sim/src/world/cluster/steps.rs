@@ -2,7 +2,8 @@
 //! 04 section 15, 09 section 13, 10 section 14 and 11 section 10 that a probe of
 //! core can tell. A sweep says which were never hit.
 
-/// A probe, and the one that is reached when a mount dies before its next step.
+/// A probe, and the one that is reached when a mount dies before its next step. Plans name
+/// them by their place: new ones come last.
 const DEATHS: [(&str, &str); 25] = [
     ("log.commit.items", "death.after_commit_items"),
     ("log.commit.written", "death.after_commit_written"),
@@ -74,6 +75,23 @@ const OTHERS: [&str; 22] = [
 pub fn all() -> impl Iterator<Item = &'static str> {
     let deaths = DEATHS.iter().map(|(_, death)| *death);
     deaths.chain(OTHERS)
+}
+
+/// How many steps a mount may die at.
+pub const COUNT: u8 = DEATHS.len() as u8;
+
+/// The place of the death of that name.
+///
+/// # Panics
+/// If there is none.
+pub fn place_of(death: &str) -> u8 {
+    let place = DEATHS.iter().position(|(_, name)| *name == death);
+    place.expect("a step of the table") as u8
+}
+
+/// The probe at the place of a step; `None` if there is no such step.
+pub(in crate::world) fn probe_at(place: u8) -> Option<&'static str> {
+    DEATHS.get(usize::from(place)).map(|(probe, _)| *probe)
 }
 
 /// The probe for a death after this one.
