@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_digest_of_a_long_stretch_sees_every_bit_and_the_order() {
-        let bytes: Vec<u8> = (0..4101_u32).map(|at| (at * 7 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..4101_u32).map(|at| ((at * 7) >> 3) as u8).collect();
         let whole = digest_of_long(&bytes);
         assert_eq!(whole, digest_of_long(&bytes.clone()));
         for at in (0..bytes.len()).step_by(17).chain([4096, 4100]) {
