@@ -77,8 +77,10 @@ impl Record {
     fn has_effect(&self) -> bool {
         !self.call.is_read_only()
             && !self.call.is_store()
-            && self.call.opens().is_none()
-            && !matches!(self.call, Call::Release { .. })
+            && !matches!(
+                self.call,
+                Call::Open { .. } | Call::OpenDirect { .. } | Call::Release { .. }
+            )
             && (self.is_uncertain() || !matches!(self.reply, Some(Reply::Err(_))))
     }
 

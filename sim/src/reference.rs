@@ -5,7 +5,7 @@
 mod shared;
 
 use crate::backend::Host;
-use crate::model::{Call, Context, Model, ROOT, Reply, S_IFDIR};
+use crate::model::{Call, Contents, Context, Model, ROOT, Reply, S_IFDIR};
 use crate::rng::Stream;
 use crate::world::{MountError, System};
 use bytes::Bytes;
@@ -20,6 +20,8 @@ use std::rc::Rc;
 
 /// `O_DIRECT`.
 const O_DIRECT: u32 = 0o40_000;
+/// `O_TRUNC`.
+const O_TRUNC: u32 = 0o1000;
 
 /// The ways in which the reference can be wrong.
 pub const FLAWS: [&str; 13] = [
@@ -446,9 +448,10 @@ impl Posix for Reference {
 
     async fn open(&self, _: &Caller, ino: Ino, flags: u32) -> Result<Opened, Errno> {
         let direct_io = flags & O_DIRECT != 0;
-        self.run(match direct_io {
-            true => Call::OpenDirect { ino },
-            false => Call::Open { ino },
+        self.run(match (direct_io, flags & O_TRUNC != 0) {
+            (true, _) => Call::OpenDirect { ino },
+            (false, true) => Call::OpenTrunc { ino },
+            (false, false) => Call::Open { ino },
         })
         .await?;
         let opened = self.open_handle();
@@ -516,7 +519,7 @@ impl Posix for Reference {
         how: WriteHow,
     ) -> Result<u32, Errno> {
         if how.from_pages {
-            let data = Bytes::copy_from_slice(&data);
+            let data = Contents(Bytes::copy_from_slice(&data));
             let call = Call::WritePages { ino, offset, data };
             return Ok(self.number(call).await? as u32);
         }

@@ -6,7 +6,7 @@ use crate::backend::Sim;
 use crate::model::Call;
 use crate::rng::Stream;
 use bytes::Bytes;
-use outrider_core::env::{LocalBoxFuture, Signal};
+use outrider_core::env::{LocalBoxFuture, Signal, probe};
 use outrider_core::fs::api::{Attr, Ino, Inval, KernelCache};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -366,7 +366,10 @@ impl Caches {
             };
             let launder = self.launder.borrow().clone();
             match launder.filter(|_| behind) {
-                Some(launder) => launder.write_back(ino, range.clone()).await,
+                Some(launder) => {
+                    probe("kernel.dirty_pages_taken_back");
+                    launder.write_back(ino, range.clone()).await;
+                }
                 None => return self.drop_pages(ino, range),
             }
         }

@@ -24,7 +24,7 @@ pub use caches::{Caches, Notify};
 use crate::model::acl::is_acl;
 use crate::model::{Call, Reply, UMASK, pattern};
 use bytes::Bytes;
-use caches::{ALL, Pages};
+use caches::ALL;
 use outrider_core::env::LocalBoxFuture;
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{Attr, Caller, Entry, Ino, Opened, Posix, SetAttr, Whence, WriteHow};
@@ -37,6 +37,8 @@ const PAGE: u64 = 4096;
 const O_RDWR: u32 = 2;
 /// `O_DIRECT | O_RDWR`.
 const O_DIRECT_RDWR: u32 = 0o40_002;
+/// `O_TRUNC | O_RDWR`.
+const O_TRUNC_RDWR: u32 = 0o1002;
 /// `O_APPEND | O_RDWR`.
 const O_APPEND_RDWR: u32 = 0o2002;
 /// `O_CREAT | O_RDWR`.
@@ -133,11 +135,9 @@ impl<P: Posix> Kernel<P> {
         self.settle(call);
         changes.iter().for_each(|ino| self.caches.change_ends(*ino));
         recorder.end(number, &reply);
-        if let Call::Setattr { ino, set } = call
-            && set.size.is_some()
-        {
+        if let Some((ino, _)) = call.resizes() {
             // Linux invalidates all pages then.
-            let _ = self.write_back(*ino, &ALL, recorder).await;
+            let _ = self.write_back(ino, &ALL, recorder).await;
         }
         self.write_back_some(recorder).await;
         self.maybe_forget();
@@ -204,6 +204,7 @@ impl<P: Posix> Kernel<P> {
             }
             Call::Link { ino, dir, .. } => exclusive.extend([*dir, *ino]),
             Call::Setattr { ino, .. }
+            | Call::OpenTrunc { ino }
             | Call::Write { ino, .. }
             | Call::Setxattr { ino, .. }
             | Call::Removexattr { ino, .. }
@@ -229,7 +230,10 @@ impl<P: Posix> Kernel<P> {
             Call::Write {
                 ino, append: true, ..
             } => vec![Held::Write(self.caches.lock_of(*ino).write_owned().await)],
-            Call::Write { ino, .. } | Call::Setattr { ino, .. } | Call::Fallocate { ino, .. } => {
+            Call::Write { ino, .. }
+            | Call::Setattr { ino, .. }
+            | Call::OpenTrunc { ino }
+            | Call::Fallocate { ino, .. } => {
                 vec![Held::Read(self.caches.lock_of(*ino).read_owned().await)]
             }
             _ => Vec::new(),
@@ -365,6 +369,12 @@ impl<P: Posix> Kernel<P> {
             }
             Call::OpenDirect { ino } => {
                 let opened = fs.open(cx, *ino, O_DIRECT_RDWR).await?;
+                *handle = Some(self.opened(*ino, &opened));
+                Reply::Done
+            }
+            Call::OpenTrunc { ino } => {
+                let opening = fs.open(cx, *ino, O_TRUNC_RDWR);
+                let opened = self.resize(*ino, 0, opening).await?;
                 *handle = Some(self.opened(*ino, &opened));
                 Reply::Done
             }
@@ -548,22 +558,9 @@ impl<P: Posix> Kernel<P> {
             let (attr, _) = self.fs.setattr(&self.cx, ino, set).await?;
             return Ok(Reply::Attr(attr));
         };
-        let caches = &self.caches;
-        // Nothing is being written back from here on.
-        let resizing = |pages: &mut Pages| pages.resizing += 1;
-        caches.lock_written(ino, resizing).await;
-        let answer = self.fs.setattr(&self.cx, ino, set).await;
-        if answer.is_ok() {
-            let gone = size / PAGE..u64::MAX;
-            let coming = caches.pages_to_come(ino);
-            caches.lock_pages(ino, gone, |_| Vec::new()).await;
-            caches.drop_pages_from(ino, size, &coming);
-        }
-        if let Some(pages) = caches.maps.borrow_mut().pages.get_mut(&ino) {
-            pages.resizing -= 1;
-        }
-        caches.unlocked.wake_all();
-        Ok(Reply::Attr(answer?.0))
+        let setting = self.fs.setattr(&self.cx, ino, set);
+        let (attr, _) = self.resize(ino, size, setting).await?;
+        Ok(Reply::Attr(attr))
     }
 
     async fn readdir(&self, ino: Ino) -> Result<Reply, Errno> {
@@ -606,7 +603,8 @@ impl<P: Posix> Kernel<P> {
     /// After a call: what it changed is no longer known.
     fn settle(&self, call: &Call) {
         let changes_nothing = call.is_read_only() || call.is_store();
-        if changes_nothing || call.opens().is_some() || matches!(call, Call::Release { .. }) {
+        let only_opens = call.opens().is_some() && call.resizes().is_none();
+        if changes_nothing || only_opens || matches!(call, Call::Release { .. }) {
             return;
         }
         for ino in call.subjects().into_iter().flatten() {

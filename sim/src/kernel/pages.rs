@@ -12,7 +12,7 @@
 
 use super::caches::{ALL, Pages};
 use super::{Kernel, O_APPEND_RDWR, PAGE, Recorder};
-use crate::model::{Call, Reply, pattern};
+use crate::model::{Call, Contents, Reply, pattern};
 use bytes::Bytes;
 use outrider_core::env::AlignedBuf;
 use outrider_core::errno::Errno;
@@ -149,6 +149,31 @@ impl<P: Posix> Kernel<P> {
         };
         self.fs.release(ino, fh).await;
         written
+    }
+
+    /// Sets the size of a file, by `change`: nothing of it is written back meanwhile, and
+    /// the pages behind the new end go.
+    pub(super) async fn resize<T>(
+        &self,
+        ino: Ino,
+        size: u64,
+        change: impl Future<Output = Result<T, Errno>>,
+    ) -> Result<T, Errno> {
+        let caches = &self.caches;
+        let resizing = |pages: &mut Pages| pages.resizing += 1;
+        caches.lock_written(ino, resizing).await;
+        let answer = change.await;
+        if answer.is_ok() {
+            let gone = size / PAGE..u64::MAX;
+            let coming = caches.pages_to_come(ino);
+            caches.lock_pages(ino, gone, |_| Vec::new()).await;
+            caches.drop_pages_from(ino, size, &coming);
+        }
+        if let Some(pages) = caches.maps.borrow_mut().pages.get_mut(&ino) {
+            pages.resizing -= 1;
+        }
+        caches.unlocked.wake_all();
+        answer
     }
 
     /// Reads beside the pages. Dirty ones were written back.
@@ -293,7 +318,7 @@ impl<P: Posix> Kernel<P> {
             let call = Call::WritePages {
                 ino,
                 offset: page * PAGE,
-                data: data.clone(),
+                data: Contents(data.clone()),
             };
             let how = WriteHow {
                 from_pages: true,
@@ -381,14 +406,20 @@ impl<P: Posix> Kernel<P> {
     /// Now and then the kernel writes a file's dirty pages back by itself.
     pub(super) async fn write_back_some(&self, recorder: &dyn Recorder) {
         let files = self.caches.dirty_files();
-        if !files.is_empty() && self.caches.rng.chance(120) {
+        if !files.is_empty() && self.caches.rng.chance(60) {
             let ino = self.caches.rng.pick(&files);
             let _ = self.write_back(ino, &ALL, recorder).await;
         }
     }
 
-    /// Writes all dirty pages back.
+    /// Writes all dirty pages back, after a while: the kernel is in no hurry, and others
+    /// may ask for them before.
     pub async fn write_all_back(&self, recorder: &dyn Recorder) {
+        if !self.caches.dirty_files().is_empty() {
+            let most = self.caches.rng.pick(&[1, 10_000_000, 3_000_000_000]);
+            let sim = &self.caches.sim;
+            sim.sleep(self.caches.rng.below(most)).await;
+        }
         self.write_back_before(&Call::Syncfs, false, recorder).await;
     }
 }

@@ -75,6 +75,10 @@ pub enum Call {
     OpenDirect {
         ino: Ino,
     },
+    /// With `O_TRUNC`.
+    OpenTrunc {
+        ino: Ino,
+    },
     Release {
         ino: Ino,
     },
@@ -148,7 +152,7 @@ pub enum Call {
     WritePages {
         ino: Ino,
         offset: u64,
-        data: Bytes,
+        data: Contents,
     },
     /// Finds an inode by its export handle (spec 12 section 19).
     ByHandle {
@@ -175,6 +179,16 @@ pub enum Call {
     },
 }
 
+/// Bytes that a trace does not spell.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Contents(pub Bytes);
+
+impl std::fmt::Debug for Contents {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&Reply::Bytes(self.0.clone()).brief())
+    }
+}
+
 impl Call {
     /// Its name, for the trace.
     pub fn name(&self) -> &'static str {
@@ -194,6 +208,7 @@ impl Call {
             Call::Link { .. } => "link",
             Call::Open { .. } => "open",
             Call::OpenDirect { .. } => "opendirect",
+            Call::OpenTrunc { .. } => "opentrunc",
             Call::Release { .. } => "release",
             Call::Read { .. } => "read",
             Call::Write { .. } => "write",
@@ -269,7 +284,16 @@ impl Call {
     /// Whether it opens a file that is there.
     pub fn opens(&self) -> Option<Ino> {
         match self {
-            Call::Open { ino } | Call::OpenDirect { ino } => Some(*ino),
+            Call::Open { ino } | Call::OpenDirect { ino } | Call::OpenTrunc { ino } => Some(*ino),
+            _ => None,
+        }
+    }
+
+    /// The file whose size it sets, and the size.
+    pub fn resizes(&self) -> Option<(Ino, u64)> {
+        match self {
+            Call::Setattr { ino, set } => set.size.map(|size| (*ino, size)),
+            Call::OpenTrunc { ino } => Some((*ino, 0)),
             _ => None,
         }
     }
@@ -295,8 +319,7 @@ impl Call {
     pub fn changes_data_of(&self) -> Option<Ino> {
         match self {
             Call::Write { ino, .. } | Call::Fallocate { ino, .. } => Some(*ino),
-            Call::Setattr { ino, set } if set.size.is_some() => Some(*ino),
-            _ => None,
+            call => call.resizes().map(|(ino, _)| ino),
         }
     }
 

@@ -238,6 +238,15 @@ impl Model {
                 self.get_mut(*ino).opens += 1;
                 Ok(Expected::Done)
             }
+            Call::OpenTrunc { ino } => {
+                self.file(*ino)?;
+                let inode = self.get_mut(*ino);
+                inode.opens += 1;
+                inode.truncate(0);
+                inode.mtime.set(cx);
+                inode.ctime.set(cx);
+                Ok(Expected::Done)
+            }
             Call::Release { ino } => {
                 if self.inodes.contains_key(ino) {
                     let inode = self.get_mut(*ino);
@@ -269,10 +278,10 @@ impl Model {
             Call::WritePages { ino, offset, data } => {
                 self.file(*ino)?;
                 let inode = self.get_mut(*ino);
-                inode.write_back(*offset, data);
+                inode.write_back(*offset, &data.0);
                 inode.mtime.set(cx);
                 inode.ctime.set(cx);
-                Ok(Expected::Number(data.len() as u64))
+                Ok(Expected::Number(data.0.len() as u64))
             }
             Call::Write {
                 ino,

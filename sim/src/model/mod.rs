@@ -16,12 +16,12 @@ mod execute;
 pub mod memo;
 pub mod recover;
 
-pub use call::{Call, FLAT, Reply, pattern, pattern_byte};
+pub use call::{Call, Contents, FLAT, Reply, pattern, pattern_byte};
 pub use memo::{Memo, Page};
 
 use bytes::Bytes;
 use outrider_core::errno::Errno;
-use outrider_core::fs::api::{Attr, Ino};
+use outrider_core::fs::api::{Attr, Ino, SetAttr};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -435,6 +435,15 @@ impl Model {
                     states.extend(self.take_effect(call, None, cx));
                 }
             }
+            // The file was opened, cut, and closed again.
+            Call::OpenTrunc { ino } => {
+                let set = SetAttr {
+                    size: Some(0),
+                    ..SetAttr::default()
+                };
+                let cut = Call::Setattr { ino: *ino, set };
+                states.extend(self.take_effect(&cut, None, cx));
+            }
             // What was stored is lost.
             Call::WritePages { ino, offset, .. } if self.get(*ino).is_some() => {
                 let mut next = self.clone();
@@ -477,6 +486,7 @@ impl Call {
             | Call::Readlink { ino }
             | Call::Open { ino }
             | Call::OpenDirect { ino }
+            | Call::OpenTrunc { ino }
             | Call::ByHandle { ino }
             | Call::HandleParent { ino }
             | Call::Punch { ino, .. }

@@ -99,7 +99,7 @@ fn a_page_that_is_written_back_is_there_like_any_other() {
     let call = Call::WritePages {
         ino: FILE,
         offset: 4096,
-        data: page.into(),
+        data: Contents(page.into()),
     };
     state.answer(&call, 0, &cx(7));
     let file = state.get(FILE).unwrap();
@@ -124,7 +124,7 @@ fn a_store_further_than_the_file_and_one_that_was_lost_are_refused() {
     let call = Call::WritePages {
         ino: FILE,
         offset: 0,
-        data: pattern(2, 0, 4096),
+        data: Contents(pattern(2, 0, 4096)),
     };
     let failed = Reply::Err(Errno::EIO);
     assert!(!allows(&state, &call, failed.clone()));

@@ -99,10 +99,10 @@ fn settles(calls: &[&Call], ino: Ino, block: u64) -> bool {
         Call::WritePages {
             ino: file, offset, ..
         } => *file == ino && offset / BLOCK == block,
-        Call::Setattr { ino: file, set } => {
-            *file == ino && set.size.is_some_and(|size| size < (block + 1) * BLOCK)
+        call => {
+            let cut = call.resizes();
+            cut.is_some_and(|(file, size)| file == ino && size < (block + 1) * BLOCK)
         }
-        _ => false,
     })
 }
 
@@ -162,13 +162,13 @@ impl<'a> Later<'a> {
                     data,
                 } => {
                     let at = offset.checked_sub(*start).map(|at| at as usize);
-                    *file == ino && at.and_then(|at| data.get(at)) == Some(&byte)
+                    *file == ino && at.and_then(|at| data.0.get(at)) == Some(&byte)
                 }
-                Call::Setattr { ino: file, set } => {
-                    let cleared = set.size.is_some_and(|size| offset >= size);
-                    *file == ino && byte == 0 && cleared
+                call => {
+                    let cut = call.resizes();
+                    let cleared = cut.is_some_and(|(file, size)| file == ino && offset >= size);
+                    byte == 0 && cleared
                 }
-                _ => false,
             })
     }
 }

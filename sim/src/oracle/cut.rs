@@ -266,12 +266,8 @@ impl<'a> Cut<'a> {
         let calls: Vec<&'a Call> = left_out.chain(self.later.iter().copied()).collect();
         let cut_short = (0..self.records.len()).filter_map(|index| {
             let record = self.records[index];
-            match &record.call {
-                Call::Setattr { ino, set } if set.size.is_some() && !record.is_promised() => {
-                    Some(*ino)
-                }
-                _ => None,
-            }
+            let cut = record.call.resizes().filter(|_| !record.is_promised());
+            cut.map(|(ino, _)| ino)
         });
         Later::new(calls)
             .with_cut_short(cut_short)

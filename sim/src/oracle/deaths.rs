@@ -592,12 +592,11 @@ impl Chooser<'_> {
             let uncertain = record.is_uncertain();
             let dies = self.dead.contains_key(&record.cx.seat);
             let from = choice.get(&record.cx.seat).copied().unwrap_or(u64::MAX);
-            if let Call::Setattr { ino, set } = &record.call
-                && set.size.is_some()
+            if let Some((ino, _)) = record.call.resizes()
                 && dies
                 && !record.is_promised()
             {
-                cut_short.push(*ino);
+                cut_short.push(ino);
             }
             let role = if !dies || (record.durable && !uncertain) {
                 Role::Certain

@@ -21,14 +21,13 @@ pub(super) fn part(call: &Call, state: &Model, observed: &Model) -> Option<Call>
         Call::Write { .. } => part_of_write(call, file, seen, grown),
         Call::Fallocate { .. } => part_of_fallocate(call, grown?),
         // The size comes first, everything else last (spec 14 section 11).
-        Call::Setattr { set, .. } => {
+        call => {
             let set = SetAttr {
-                size: set.size,
+                size: Some(call.resizes()?.1),
                 ..SetAttr::default()
             };
             Some(Call::Setattr { ino, set })
         }
-        _ => None,
     }
 }
 
@@ -128,10 +127,6 @@ impl Sights {
         };
         seen.iter()
             .filter_map(|(size, blocks)| match call {
-                Call::Setattr { ino, set } => {
-                    let first = set.size == Some(*size) && *size <= file.size;
-                    first.then(|| cut_short(state, *ino, (*size, *blocks), cx))?
-                }
                 Call::Write { .. } => {
                     let part = begun(call, file, (*size, *blocks))?;
                     state.take_effect(&part, None, cx)
@@ -140,7 +135,11 @@ impl Sights {
                     let grown = (*size > file.size).then_some(*size)?;
                     state.take_effect(&part_of_fallocate(call, grown)?, None, cx)
                 }
-                _ => None,
+                call => {
+                    let (ino, cut) = call.resizes()?;
+                    let first = cut == *size && *size <= file.size;
+                    first.then(|| cut_short(state, ino, (*size, *blocks), cx))?
+                }
             })
             .collect()
     }

@@ -1,7 +1,7 @@
 //! Histories with mappings, and what a crash may take along of them.
 
 use super::*;
-use crate::model::{ROOT, S_IFDIR, Stamp, pattern};
+use crate::model::{Contents, ROOT, S_IFDIR, Stamp, pattern};
 use bytes::Bytes;
 use std::rc::Rc;
 
@@ -75,7 +75,7 @@ impl Stage {
     }
 
     fn write_back(&mut self) {
-        let data = self.state.get(FILE).unwrap().read(0, 4096).into();
+        let data = Contents(self.state.get(FILE).unwrap().read(0, 4096).into());
         self.call(Call::WritePages {
             ino: FILE,
             offset: 0,
@@ -171,7 +171,7 @@ fn a_failed_write_back_takes_the_store_along() {
     let call = Call::WritePages {
         ino: FILE,
         offset: 0,
-        data: pattern(2, 0, 4096),
+        data: Contents(pattern(2, 0, 4096)),
     };
     let number = stage.oracle.begin(call, cx);
     stage.oracle.end(number, Reply::Err(Errno::EIO), cx);

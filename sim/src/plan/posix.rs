@@ -5,7 +5,7 @@
 //! other operations stay what they are.
 
 use super::tuning::Knobs;
-use super::{Config, Mix, draw_len, draw_offset};
+use super::{Config, Mix, Profile, draw_len, draw_offset};
 use crate::rng::Stream;
 use serde::{Deserialize, Serialize};
 
@@ -63,10 +63,12 @@ pub enum PosixOp {
     MapWrite { file: u16, offset: u64, len: u32 },
     /// `msync`.
     Msync { file: u16 },
+    /// Opens with `O_TRUNC`, and keeps it open or not.
+    OpenTrunc { file: u16, hold: bool },
 }
 
 /// The kinds of these operations, for weights.
-pub const KINDS: usize = 13;
+pub const KINDS: usize = 14;
 
 /// Their names, in the order of their weights.
 pub const NAMES: [&str; KINDS] = [
@@ -78,6 +80,7 @@ pub const NAMES: [&str; KINDS] = [
     "handleparent",
     "exchange",
     "punch",
+    "opentrunc",
     "readdirect",
     "writedirect",
     "mapread",
@@ -86,7 +89,7 @@ pub const NAMES: [&str; KINDS] = [
 ];
 
 /// The first of those that need the kernel's pages.
-const MAPS: usize = 10;
+const MAPS: usize = 11;
 
 /// How often these operations come in a world, and which.
 pub(super) struct Share {
@@ -99,8 +102,12 @@ impl Share {
     /// What a seed draws.
     pub(super) fn draw(seed: u64, config: &Config, knobs: &Knobs) -> Self {
         let rng = Stream::new(seed, "posix", 0);
-        let permille = rng.pick(&[0, 60, 150, 350]);
-        let mut weights = [10, 8, 3, 4, 7, 2, 1, 2, 7, 9, 5, 16, 3];
+        let permille = match config.profile {
+            // There are few operations, and only what nodes share is of interest.
+            Profile::Cluster => rng.pick(&[0, 100, 300, 500]),
+            _ => rng.pick(&[0, 60, 150, 350]),
+        };
+        let mut weights = [10, 8, 3, 4, 7, 2, 1, 2, 3, 7, 9, 5, 16, 3];
         // Swarm, as for the other operations.
         for weight in &mut weights {
             match rng.below(6) {
@@ -175,23 +182,27 @@ impl Share {
                 offset: draw_offset(rng, mix),
                 len: u64::from(draw_len(rng, mix)),
             },
-            8 => PosixOp::ReadDirect {
+            8 => PosixOp::OpenTrunc {
+                file: hot(),
+                hold: rng.chance(300),
+            },
+            9 => PosixOp::ReadDirect {
                 file: hot(),
                 offset: draw_offset(rng, mix),
                 len: draw_len(rng, mix),
             },
-            9 => PosixOp::WriteDirect {
+            10 => PosixOp::WriteDirect {
                 file: hot(),
                 offset: draw_offset(rng, mix),
                 len: draw_len(rng, mix),
                 sync: rng.chance(100),
             },
-            10 => PosixOp::MapRead {
+            11 => PosixOp::MapRead {
                 file: hot(),
                 offset: place(rng, mix),
                 len: 1 + rng.below(4096) as u16,
             },
-            11 => PosixOp::MapWrite {
+            12 => PosixOp::MapWrite {
                 file: hot(),
                 offset: place(rng, mix),
                 len: match rng.below(4) {
@@ -247,6 +258,7 @@ impl PosixOp {
         });
         push(&mut |op| match op {
             PosixOp::WriteDirect { sync, .. } => *sync = false,
+            PosixOp::OpenTrunc { hold, .. } => *hold = false,
             // The simplest ACL that the mode does not say.
             PosixOp::SetAcl { shape, .. } => *shape = 1,
             PosixOp::ChmodBits { mode, .. } => *mode &= 0o777,
@@ -263,7 +275,8 @@ impl PosixOp {
             | PosixOp::WriteDirect { file, .. }
             | PosixOp::MapRead { file, .. }
             | PosixOp::MapWrite { file, .. }
-            | PosixOp::Msync { file } => Some(*file),
+            | PosixOp::Msync { file }
+            | PosixOp::OpenTrunc { file, .. } => Some(*file),
             _ => None,
         }
     }

@@ -103,8 +103,8 @@ impl Shared {
             (Call::Create { .. } | Call::Tmpfile { .. }, Reply::Entry(attr)) => {
                 inner.opens.push((seat, attr.ino));
             }
-            (Call::Open { ino } | Call::OpenDirect { ino }, Reply::Done) => {
-                inner.opens.push((seat, *ino));
+            (call, Reply::Done) if call.opens().is_some() => {
+                inner.opens.extend(call.opens().map(|ino| (seat, ino)));
             }
             (Call::Release { ino }, _) => {
                 let own = inner.opens.iter().position(|open| *open == (seat, *ino));

@@ -3,7 +3,7 @@
 
 use super::workload::{Scene, file_name};
 use crate::kernel::{Handle, Launder};
-use crate::model::{Call, Reply, acl};
+use crate::model::{Call, ROOT, Reply, S_IFMT, S_IFREG, acl};
 use crate::plan::posix::PosixOp;
 use bytes::Bytes;
 use outrider_core::env::LocalBoxFuture;
@@ -13,6 +13,8 @@ use std::rc::{Rc, Weak};
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
+/// About as long is a file made that is to be mapped.
+const NEW_SIZE: u64 = 20_000;
 
 /// A mount may be gone when its filesystem wants pages back.
 struct Launderer<P>(Weak<Scene<P>>);
@@ -47,7 +49,10 @@ impl<P: Posix> Scene<P> {
         let any = |number: u16| self.table.borrow().any(number);
         let file = match op.file().map(|number| self.table.borrow().file(number)) {
             Some(Some(ino)) => ino,
-            Some(None) => return,
+            Some(None) => match self.new_file().await {
+                Some(ino) => ino,
+                None => return,
+            },
             None => 0,
         };
         match *op {
@@ -148,10 +153,34 @@ impl<P: Posix> Scene<P> {
             PosixOp::MapWrite { offset, len, .. } => {
                 self.map(file, offset, u64::from(len), true).await;
             }
+            PosixOp::OpenTrunc { hold, .. } => {
+                let (_, handle) = self.call(Call::OpenTrunc { ino: file }, None).await;
+                if hold {
+                    self.hold(handle);
+                } else {
+                    self.release(handle).await;
+                }
+            }
             PosixOp::Msync { .. } => {
                 let all = 0..u64::MAX;
                 let _ = self.kernel.write_back(file, &all, &self.desk).await;
             }
+        }
+    }
+
+    /// A file for programs that need one; the same on all nodes, if it can be.
+    async fn new_file(&self) -> Option<Ino> {
+        let call = Call::Create {
+            dir: ROOT,
+            name: file_name(0),
+            mode: 0o666,
+            excl: false,
+        };
+        let (reply, handle) = self.call(call, None).await;
+        self.hold(handle);
+        match reply {
+            Reply::Entry(attr) if attr.mode & S_IFMT == S_IFREG => Some(attr.ino),
+            _ => None,
         }
     }
 
@@ -175,11 +204,21 @@ impl<P: Posix> Scene<P> {
         };
         let (reply, _) = self.call(Call::Getattr { ino }, None).await;
         let Reply::Attr(attr) = reply else { return };
-        if attr.size == 0 {
+        let mut size = attr.size;
+        if size == 0 && store {
+            // As programs do that map a new file.
+            size = offset % NEW_SIZE + len;
+            let set = SetAttr {
+                size: Some(size),
+                ..SetAttr::default()
+            };
+            self.call(Call::Setattr { ino, set }, None).await;
+        }
+        if size == 0 {
             return;
         }
-        let mut at = offset % attr.size;
-        let end = (at + len).min(attr.size);
+        let mut at = offset % size;
+        let end = (at + len).min(size);
         let tag = self.desk.tag();
         while at < end {
             let stop = end.min((at / PAGE + 1) * PAGE);
