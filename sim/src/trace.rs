@@ -54,6 +54,31 @@ pub fn digest(bytes: &[u8]) -> u64 {
     digest.value()
 }
 
+/// The digest of a long stretch of bytes. It has another value than [`digest`], which takes
+/// one word after the other: here four are on their way at a time.
+pub fn digest_of_long(bytes: &[u8]) -> u64 {
+    let mut lanes = [0, 1, 2, 3].map(|lane| {
+        let mut digest = Digest::default();
+        digest.word(lane);
+        digest
+    });
+    let mut chunks = bytes.chunks_exact(32);
+    for chunk in &mut chunks {
+        for (lane, word) in lanes.iter_mut().zip(chunk.chunks_exact(8)) {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(word);
+            lane.word(u64::from_le_bytes(bytes));
+        }
+    }
+    let mut digest = Digest::default();
+    for lane in lanes {
+        digest.word(lane.0);
+    }
+    digest.word(bytes.len() as u64);
+    digest.bytes(chunks.remainder());
+    digest.value()
+}
+
 /// Something that happened, for who reads along.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
@@ -196,5 +221,29 @@ impl Trace {
     /// Number of events so far.
     pub fn count(&self) -> u64 {
         self.count.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_digest_of_a_long_stretch_sees_every_bit_and_the_order() {
+        let bytes: Vec<u8> = (0..4101_u32).map(|at| ((at * 7) >> 3) as u8).collect();
+        let whole = digest_of_long(&bytes);
+        assert_eq!(whole, digest_of_long(&bytes.clone()));
+        for at in (0..bytes.len()).step_by(17).chain([4096, 4100]) {
+            let mut other = bytes.clone();
+            other[at] ^= 1 << (at % 8);
+            assert_ne!(whole, digest_of_long(&other), "byte {at}");
+        }
+        for (one, other) in [(0, 8), (0, 32), (8, 40), (3, 4)] {
+            let mut swapped = bytes.clone();
+            swapped.swap(one, other);
+            assert_ne!(whole, digest_of_long(&swapped), "bytes {one} and {other}");
+        }
+        assert_ne!(digest_of_long(&[0; 32]), digest_of_long(&[0; 64]));
+        assert_ne!(digest_of_long(&[]), digest_of_long(&[0]));
     }
 }

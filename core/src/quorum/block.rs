@@ -5,6 +5,7 @@
 //! block of another mount in the same slot. Every update is a verified read and
 //! one FUA write of the whole block, by the agent alone.
 
+use super::brain::TERM_LIMIT;
 use crate::env::{AlignedBuf, BlockDevice, DeviceError, Time, WriteFlags};
 use crate::format::{
     HeaderError, Magic, QUORUM_BLKNO, QUORUM_MAX_SLOTS, QuorumBlock, QuorumEvent, QuorumEventKind,
@@ -33,6 +34,16 @@ pub enum QuorumBlockError {
         slot: usize,
         /// What differs.
         error: HeaderError,
+    },
+    /// It holds a number that counting never reaches.
+    #[error("quorum slot {slot}: {what} {found:#x} is damaged: nothing counts that far")]
+    Number {
+        /// The slot.
+        slot: usize,
+        /// Which number.
+        what: &'static str,
+        /// Its value.
+        found: u64,
     },
     /// Another mount uses the own slot.
     #[error("quorum slot {slot} is used by mount {found:016x} as well as by this one, {own:016x}")]
@@ -126,6 +137,17 @@ impl BlockIo {
             Err(error) => QuorumBlockError::Header { slot, error },
         })?;
         let (block, _) = QuorumBlock::read_from_prefix(&buf).expect("a whole block was read");
+        let numbers = std::iter::once(("the number of writes", block.write_nr.get())).chain(
+            block
+                .events
+                .iter()
+                .map(|event| ("a term", event.term.get())),
+        );
+        for (what, found) in numbers {
+            if found >= TERM_LIMIT {
+                return Err(QuorumBlockError::Number { slot, what, found });
+            }
+        }
         Ok((block, buf))
     }
 

@@ -58,6 +58,11 @@ pub enum MessageKind {
     Resignation = QUORUM_MSG_RESIGNATION,
 }
 
+/// Terms that no elections reach: each adds one. Who took such a term over, from a damaged
+/// or a forged datagram or block, would record it for ever, and could soon ask for no more
+/// votes.
+pub const TERM_LIMIT: u64 = 1 << 63;
+
 /// A datagram that passed the checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message {
@@ -71,10 +76,10 @@ pub struct Message {
 
 impl Message {
     /// Reads a datagram; `None` if it is not one of this volume's members'
-    /// (spec 09 section 3).
+    /// (spec 09 section 3), or its term is not below [`TERM_LIMIT`].
     pub fn parse(bytes: &[u8], fsid: u64, slots: &Slots) -> Option<Message> {
         let message = QuorumMessage::read_from_bytes(bytes).ok()?;
-        if !message.crc_ok() || message.fsid.get() != fsid {
+        if !message.crc_ok() || message.fsid.get() != fsid || message.term.get() >= TERM_LIMIT {
             return None;
         }
         let kind = match message.kind {

@@ -232,6 +232,28 @@ fn a_foreign_mount_in_the_slot_ends_the_service_and_its_server() {
 }
 
 #[test]
+fn a_block_with_a_number_that_nobody_counts_to_is_damaged() {
+    let agents = Agents::new(1);
+    agents.world.block_on(async {
+        let io = BlockIo::new(agents.world.meta.handle(), FSID);
+        let begin = QuorumEventKind::Begin;
+        let written = io.update(0, begin, A, u64::MAX, Time(0)).await;
+        written.expect("written");
+        let damaged = QuorumBlockError::Number {
+            slot: 0,
+            what: "a term",
+            found: u64::MAX,
+        };
+        assert_eq!(io.read(0).await.err(), Some(damaged.clone()));
+        // It is named, and nobody counts on from it.
+        let member = agents.member(0, A);
+        agents.pass(100).await;
+        assert_eq!(io.read(0).await.err(), Some(damaged));
+        assert!(!member.is_leader());
+    });
+}
+
+#[test]
 fn a_member_whose_block_fails_stops_its_server_and_takes_part_again() {
     let agents = Agents::new(1);
     agents.world.block_on(async {

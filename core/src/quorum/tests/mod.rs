@@ -7,7 +7,7 @@ use super::agent::{
     AgentConfig, AgentError, AgentStatus, AgentStop, ServerInstance, ServerStarter,
 };
 use super::block::{BlockIo, QuorumBlockError};
-use super::brain::{Brain, Effect, Input, Message, MessageKind, Policy, ServerPhase};
+use super::brain::{Brain, Effect, Input, Message, MessageKind, Policy, ServerPhase, TERM_LIMIT};
 use super::config::{ConfigError, Slots};
 use super::leaders::{LeaderCandidate, fence_candidates, find_server, stop_would_hide, superseded};
 use crate::env::testing::{TestEntropy, TestWorld};
@@ -189,4 +189,17 @@ fn datagrams_of_the_spec() {
         None,
         "no such slot"
     );
+    for (term, heard) in [
+        (TERM_LIMIT - 1, true),
+        (TERM_LIMIT, false),
+        (u64::MAX, false),
+    ] {
+        let far = Message {
+            kind: MessageKind::RequestVote,
+            from: 0,
+            term,
+        };
+        let parsed = Message::parse(&far.to_bytes(fsid), fsid, &slots);
+        assert_eq!(parsed, heard.then_some(far), "a term that nobody counts to");
+    }
 }
