@@ -75,6 +75,16 @@ enum Paged {
 /// Ranges remembered of an inode before all of it counts as given out.
 const RANGES_MAX: usize = 64;
 
+/// A write that the kernel has asked for and that is not done.
+#[derive(Debug)]
+struct ComingWrite {
+    id: u64,
+    start: u64,
+    end: u64,
+    /// What of its pages was read meanwhile: first byte and the one after the last.
+    overtaken: Option<(u64, u64)>,
+}
+
 /// The tables of one mount.
 #[derive(Debug, Default)]
 pub struct InodeTable {
@@ -84,6 +94,41 @@ pub struct InodeTable {
     paged: RefCell<BTreeMap<Ino, BTreeMap<Ino, Paged>>>,
     /// Groups whose pages are being pulled back.
     pulling: RefCell<BTreeSet<Ino>>,
+    coming: RefCell<BTreeMap<Ino, Vec<ComingWrite>>>,
+    next_write: Cell<u64>,
+}
+
+/// Notes which reads overtake a write, as long as it exists; see
+/// [`InodeTable::write_comes`].
+#[derive(Debug)]
+pub struct WriteComes<'a> {
+    table: &'a InodeTable,
+    ino: Ino,
+    id: u64,
+}
+
+impl WriteComes<'_> {
+    /// The first byte and the length of what was read of the write's pages so far.
+    pub fn overtaken(&self) -> Option<(u64, u64)> {
+        let coming = self.table.coming.borrow();
+        let own = coming
+            .get(&self.ino)?
+            .iter()
+            .find(|one| one.id == self.id)?;
+        own.overtaken.map(|(start, end)| (start, end - start))
+    }
+}
+
+impl Drop for WriteComes<'_> {
+    fn drop(&mut self) {
+        let mut coming = self.table.coming.borrow_mut();
+        if let Some(writes) = coming.get_mut(&self.ino) {
+            writes.retain(|one| one.id != self.id);
+            if writes.is_empty() {
+                coming.remove(&self.ino);
+            }
+        }
+    }
 }
 
 /// An open use of an inode: its open map bit is set while one exists.
@@ -254,6 +299,41 @@ impl InodeTable {
         }
     }
 
+    /// A write came from the kernel's pages, and waits. The kernel has what it writes in
+    /// its pages already and does not hold those: it may be made to drop them (for an
+    /// invalidation that began before), and then read them again from here, before the
+    /// write is done. What it reads then is old when it is, and nobody else knows.
+    pub fn write_comes(&self, ino: Ino, start: u64, len: u64) -> WriteComes<'_> {
+        let id = self.next_write.get();
+        self.next_write.set(id + 1);
+        let write = ComingWrite {
+            id,
+            start,
+            end: start.saturating_add(len),
+            overtaken: None,
+        };
+        self.coming.borrow_mut().entry(ino).or_default().push(write);
+        WriteComes {
+            table: self,
+            ino,
+            id,
+        }
+    }
+
+    /// As [`InodeTable::page`], for what was read.
+    pub fn page_read(&self, ino: Ino, start: u64, len: u64) {
+        self.page(ino, start, len);
+        let mut coming = self.coming.borrow_mut();
+        let end = start.saturating_add(len);
+        for write in coming.get_mut(&ino).into_iter().flatten() {
+            let (from, to) = (start.max(write.start), end.min(write.end));
+            if from < to {
+                let (a, b) = write.overtaken.unwrap_or((from, to));
+                write.overtaken = Some((a.min(from), b.max(to)));
+            }
+        }
+    }
+
     /// Whether the kernel may have pages of the inode.
     pub fn is_paged(&self, ino: Ino) -> bool {
         let groups = self.paged.borrow();
@@ -406,6 +486,25 @@ impl Drop for OpenUse<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_write_knows_what_was_read_of_its_range_before_it() {
+        let table = InodeTable::default();
+        let write = table.write_comes(1025, 5000, 10_000);
+        let other = table.write_comes(1025, 100_000, 1);
+        table.page_read(1026, 0, 1 << 20);
+        table.page_read(1025, 0, 5000);
+        assert_eq!(write.overtaken(), None);
+        table.page_read(1025, 4096, 4096);
+        table.page_read(1025, 12_288, 1 << 15);
+        assert_eq!(write.overtaken(), Some((5000, 10_000)));
+        assert_eq!(other.overtaken(), None);
+        drop(write);
+        table.page_read(1025, 98_304, 4096);
+        assert_eq!(other.overtaken(), Some((100_000, 1)));
+        drop(other);
+        assert!(table.coming.borrow().is_empty());
+    }
 
     #[test]
     fn the_bit_is_set_while_open_and_not_by_what_the_kernel_knows() {

@@ -46,7 +46,7 @@ impl Fs {
                 probe("data.read_again");
                 continue;
             }
-            self.table.page(ino, offset, u64::from(size));
+            self.table.page_read(ino, offset, u64::from(size));
             return Ok(pieces);
         }
     }

@@ -42,6 +42,7 @@ impl Fs {
         if data.is_empty() {
             return Ok(0);
         }
+        let comes = self.table.write_comes(ino, offset, data.len() as u64);
         self.data.throttle().await;
         // Held for all of it, so that no other write comes in between.
         let locked = self.lock_inodes(&[ino], Mode::Write).await?;
@@ -74,11 +75,18 @@ impl Fs {
         if !direct {
             self.table.page(ino, start, len);
         }
-        drop((local, locked));
+        let overtaken = comes.overtaken();
+        drop((comes, local, locked));
         if direct {
             self.forget_written(ino, start, len).await;
         } else if start != offset {
             self.forget_misplaced(ino);
+        } else if let Some((start, len)) = overtaken {
+            // The kernel holds none of these pages for this write, or it could not have
+            // read them: it does not wait for the answer of this write to drop them.
+            probe("data.read_overtakes_write");
+            let range = Inval::PageRange { ino, start, len };
+            self.kernel.invalidate(vec![range]).await;
         }
         if how.sync {
             self.log.sync().await?;
