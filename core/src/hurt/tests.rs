@@ -61,6 +61,8 @@ fn damaged_trees_end_operations_with_errors() {
 /// A COMMIT_LOG_TREES whose freed list has another count than its head says went into the
 /// server's own list. Found by the fuzz target, which takes the first byte for itself.
 const FREED_LIST_NOT_AS_TOLD: &[u8] = include_bytes!("inputs/messages-freed-list-not-as-told");
+/// A grant that says that the lock was not held, of one with cached items.
+const GRANT_OF_A_HELD_LOCK: &[u8] = include_bytes!("inputs/messages-grant-of-a-held-lock");
 /// A datagram with the greatest term that there is: the next election had no greater one.
 const GREATEST_TERM: &[u8] = include_bytes!("inputs/datagrams-greatest-term");
 
@@ -68,6 +70,7 @@ const GREATEST_TERM: &[u8] = include_bytes!("inputs/datagrams-greatest-term");
 fn changed_messages_harm_nobody() {
     let wires = messages::Wires::new();
     wires.exercise(&FREED_LIST_NOT_AS_TOLD[1..]);
+    wires.exercise(&GRANT_OF_A_HELD_LOCK[1..]);
     messages::datagrams(&GREATEST_TERM[1..]);
     let entropy = TestEntropy::new(41);
     for _ in 0..60 {

@@ -106,7 +106,8 @@ struct Lock {
     gate_open: bool,
     /// Mode before the cleanup that is running.
     invalidating: Option<Mode>,
-    request_pending: bool,
+    /// The mode of the request that is under way.
+    asked: Option<Mode>,
     /// A grant that came while a cleanup ran.
     early_grant: Option<NetLock>,
     invalidations: VecDeque<Invalidation>,
@@ -125,7 +126,7 @@ impl Lock {
     }
 
     fn is_idle(&self) -> bool {
-        !self.request_pending
+        self.asked.is_none()
             && self.invalidations.is_empty()
             && self.waiters.is_empty()
             && !self.has_users()
@@ -297,7 +298,7 @@ impl LockClient {
         };
         let gen_if_gained = self.next_gen + 1;
         let lock = self.lock_mut(slot);
-        if !lock.request_pending || lock.early_grant.is_some() {
+        if lock.asked != Some(mode) || lock.early_grant.is_some() {
             return Granted::NotAsked;
         }
         if lock.invalidating.is_some() && !mutant("early_grant_applied") {
@@ -305,7 +306,12 @@ impl LockClient {
             lock.early_grant = Some(*msg);
             return Granted::Kept;
         }
-        lock.request_pending = false;
+        // It would have us keep items that nobody else would ever take back.
+        let taken_for_gone = !Mode::from_wire(msg.old_mode).is_some_and(Mode::reads);
+        if lock.mode.reads() && mode.reads() && taken_for_gone {
+            return Granted::NotAsked;
+        }
+        lock.asked = None;
         let gained = mode.reads() && !lock.mode.reads();
         if gained {
             lock.refresh_gen = gen_if_gained;
@@ -325,7 +331,7 @@ impl LockClient {
     /// for the caller to fail.
     pub fn request_failed(&mut self, scope: Scope) {
         if let Some(&slot) = self.by_scope.get(&scope) {
-            self.lock_mut(slot).request_pending = false;
+            self.lock_mut(slot).asked = None;
             self.free_if_idle_null(slot);
         }
     }
@@ -374,8 +380,10 @@ impl LockClient {
         let answer = net_lock(&lock.key, 0, old, lock.mode);
         out.push(Action::Respond(inv.token, answer));
         if let Some(grant) = lock.early_grant.take() {
-            let applied = self.grant(&grant, out);
-            assert_eq!(applied, Granted::Applied, "its request is still pending");
+            // Its request is still under way.
+            if self.grant(&grant, out) != Granted::Applied {
+                tracing::error!(key = %Key::from(grant.key), "the server granted a lock that nobody has so");
+            }
         }
         let Some(lock) = self.slots[slot as usize].as_mut() else {
             return;
@@ -487,7 +495,7 @@ impl LockClient {
             preparing: false,
             gate_open: false,
             invalidating: None,
-            request_pending: false,
+            asked: None,
             early_grant: None,
             invalidations: VecDeque::new(),
             users: [0; Mode::COUNT],
@@ -536,7 +544,7 @@ impl LockClient {
     /// cleanup runs (its end asks again).
     fn ask_for_waiters(&mut self, slot: u32, out: &mut Vec<Action>) {
         let lock = self.lock_mut(slot);
-        if lock.request_pending {
+        if lock.asked.is_some() {
             return;
         }
         let mode = lock.mode;
@@ -550,7 +558,7 @@ impl LockClient {
         else {
             return;
         };
-        lock.request_pending = true;
+        lock.asked = Some(wanted);
         out.push(Action::Request(net_lock(&lock.key, 0, mode, wanted)));
     }
 
@@ -656,7 +664,7 @@ impl LockClient {
         if !lock.is_idle() || lock.mode == Mode::Null || lock.invalidating.is_some() {
             return false;
         }
-        lock.request_pending = true;
+        lock.asked = Some(Mode::Null);
         out.push(Action::Request(net_lock(
             &lock.key,
             0,
