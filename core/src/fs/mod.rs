@@ -227,6 +227,14 @@ impl Fs {
         let what = self.table.pull(ino, new != Mode::Null);
         if !what.is_empty() {
             probe("fs.kernel_gives_pages_back");
+            // Mutant: breaks spec 14 section 28, the order of write-back and commit.
+            if mutant("written_pages_not_awaited") {
+                let forget = self.kernel.invalidate(what);
+                self.env.spawn("pull_pages", async move {
+                    forget.await;
+                });
+                return;
+            }
             // Mutant: breaks spec 12 section 25.
             if !mutant("kernel_cache_not_invalidated") {
                 // An inode that the kernel does not know has no pages.

@@ -55,7 +55,7 @@ const fn m(name: &'static str, class: u8, nodes: Nodes, what: &'static str) -> M
 }
 
 #[rustfmt::skip]
-static MUTANTS: [Mutant; 52] = [
+static MUTANTS: [Mutant; 53] = [
     m("super_before_flush", 1, One, "the super is written before its blocks are flushed (04 s6, 18 A18)"),
     m("commit_not_durable_reply", 1, One, "a commit is answered before the super is written (18 A18)"),
     m("commit_retries_deltas", 1, One, "a retried commit applies its items again (04 H1)"),
@@ -65,6 +65,7 @@ static MUTANTS: [Mutant; 52] = [
     m("invalidate_before_commit", 2, One, "a lock is given back before the commit (10 s15)"),
     m("kernel_cache_not_invalidated", 2, Many, "the kernel is not told to forget (12 s25)"),
     m("dirty_pages_stay", 2, Many, "pages that mappings have changed stay in the kernel when others may read (12 s25)"),
+    m("written_pages_not_awaited", 2, Many, "a lock is given back before the kernel has written its dirty pages (14 s28)"),
     m("acl_not_taken_back", 2, Many, "the kernel is not told to forget an ACL (13 s15)"),
     m("direct_write_leaves_pages", 2, One, "a direct write leaves old pages in the kernel (14 s9)"),
     m("early_grant_applied", 2, Many, "a grant that overtakes the end of a revocation is taken at once (10 s8)"),
