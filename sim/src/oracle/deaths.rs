@@ -63,8 +63,9 @@ const QUICK: u64 = 1_500;
 const CHOICES: usize = 400;
 /// Of explanations that are equally near so many bytes are shown.
 const TEXT: usize = 8_000;
-/// How many of the states that came before are tried.
-const STATES: usize = 3;
+/// How many of the states that came before are tried. Calls that overlap, and changes
+/// that failed, leave many: where there are more, nothing was refuted.
+const STATES: usize = 40;
 
 /// What became of a search.
 enum Ended {
@@ -492,7 +493,8 @@ fn judge(
         }
     }
     if let Some(Err(violation)) = answers {
-        return Some(Err(violation));
+        let all = matches!(chain.nth(last, STATES, left), Nth::NoMore);
+        return all.then_some(Err(violation));
     }
     let lives = |record: &&Record| !dead.contains_key(&record.cx.seat);
     let now = current
@@ -523,6 +525,9 @@ fn judge(
             Chosen::None(_) => {}
             Chosen::TooMany => return None,
         }
+    }
+    if !matches!(chain.nth(first, STATES, left), Nth::NoMore) {
+        return None;
     }
     Some(Err(Violation {
         kind: "durability",
