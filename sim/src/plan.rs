@@ -8,6 +8,7 @@
 pub mod cluster;
 mod draw;
 pub mod posix;
+pub mod steps;
 pub mod tuning;
 
 use crate::rng::Stream;
@@ -160,7 +161,7 @@ pub enum When {
     Request(u64),
     /// After so many operations have been asked for.
     Operations(u32),
-    /// When the mount has come to a step of the crash tables (`cluster::steps`), by its
+    /// When the mount has come to a step of the crash tables (`steps`), by its
     /// place there, for so many times.
     Step(u8, u8),
 }

@@ -5,10 +5,10 @@
 //! as they are.
 
 use super::tuning::Knobs;
-use super::{Config, DiskFault, DiskOp, Loss, Mix, PlanOp, When, draw_op};
+use super::{Config, DiskFault, DiskOp, Loss, Mix, PlanOp, When, draw_op, steps};
 use crate::plan::Device;
 use crate::rng::Stream;
-use crate::world::cluster::steps;
+
 use serde::{Deserialize, Serialize};
 
 /// One machine.

@@ -1,7 +1,6 @@
 //! One life of the mount after the other.
 
 use super::audit::{Auditor, observe};
-use super::cluster::steps;
 use super::workload::{Desk, Scene};
 use super::{MountError, System, World};
 use crate::backend::{Host, spawn};
@@ -9,6 +8,7 @@ use crate::disk_model::Survival;
 use crate::kernel::{Caches, Kernel, Notify};
 use crate::model::Model;
 use crate::oracle::Violation;
+use crate::plan::steps;
 use crate::plan::{DiskFault, End, Fault, LifePlan, Loss, When, Window};
 use crate::trace::Link;
 use outrider_core::env::{Either, Gate, race};

@@ -16,7 +16,6 @@
 
 mod fencing;
 mod seat;
-pub mod steps;
 mod trouble;
 mod watch;
 

@@ -1,12 +1,13 @@
 //! One mount after the other on one machine: it mounts, works, and ends as the
 //! plan, a fence agent or the cluster wants.
 
-use super::{Cluster, PATIENCE, SECOND, steps, violation};
+use super::{Cluster, PATIENCE, SECOND, violation};
 use crate::backend::{Host, Life};
 use crate::kernel::{Caches, Kernel, Notify};
 use crate::model::Tolerance;
 use crate::oracle::Violation;
 use crate::plan::cluster::{Ending, How, Round};
+use crate::plan::steps;
 use crate::plan::{DiskFault, End, Loss, PlanOp, When};
 use crate::world::life::{Fate, Waited, arm, within};
 use crate::world::workload::{Desk, Office, Scene};

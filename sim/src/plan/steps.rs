@@ -90,12 +90,12 @@ pub fn place_of(death: &str) -> u8 {
 }
 
 /// The probe at the place of a step; `None` if there is no such step.
-pub(in crate::world) fn probe_at(place: u8) -> Option<&'static str> {
+pub(crate) fn probe_at(place: u8) -> Option<&'static str> {
     DEATHS.get(usize::from(place)).map(|(probe, _)| *probe)
 }
 
 /// The probe for a death after this one.
-pub(super) fn death_after(step: &str) -> Option<&'static str> {
+pub(crate) fn death_after(step: &str) -> Option<&'static str> {
     let found = DEATHS.iter().find(|(name, _)| *name == step);
     found.map(|(_, death)| *death)
 }
