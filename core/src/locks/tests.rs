@@ -729,3 +729,30 @@ fn a_grant_during_a_cleanup_waits_for_its_end() {
     assert!(out.contains(&ClientAction::Admit(2)));
     assert_eq!(client.grant_of(id).0, Mode::Write);
 }
+
+#[test]
+fn a_grant_that_nobody_asked_for_changes_nothing() {
+    let scope = Scope::InodeGroup(0);
+    let key = scope.range().start;
+    let mut brain = LockClient::new(Policy::default());
+    let mut out = Vec::new();
+    let grant = |brain: &mut LockClient, old, new| {
+        brain.grant(&net_lock(&key, 0, old, new), &mut Vec::new())
+    };
+    assert_eq!(grant(&mut brain, Mode::Null, Mode::Read), Granted::NotAsked);
+    brain.acquire(scope, Mode::Read, false, 1, &mut out);
+    // Another mode than was asked for, in a good message or in a bad one.
+    assert_eq!(
+        grant(&mut brain, Mode::Null, Mode::Write),
+        Granted::NotAsked
+    );
+    assert_eq!(grant(&mut brain, Mode::Null, Mode::Read), Granted::Applied);
+    assert_eq!(grant(&mut brain, Mode::Null, Mode::Read), Granted::NotAsked);
+    brain.acquire(scope, Mode::Write, false, 2, &mut out);
+    // Items may be cached under what is held: the server must know of it.
+    assert_eq!(
+        grant(&mut brain, Mode::Null, Mode::Write),
+        Granted::NotAsked
+    );
+    assert_eq!(grant(&mut brain, Mode::Read, Mode::Write), Granted::Applied);
+}
