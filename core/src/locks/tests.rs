@@ -689,6 +689,36 @@ mod omap {
         );
     }
 
+    /// A mount is on the list before it can be sent anything: what was asked meanwhile
+    /// comes once it can.
+    #[test]
+    fn who_could_not_be_asked_is_asked_when_it_comes() {
+        let mut server = OmapServer::new(false);
+        (1..=3).for_each(|rid| server.add_client(rid));
+        let mut out = Vec::new();
+        server.request(1, 4, &args(4), &mut out);
+        let Action::Ask { rid: 2, args } = out[0] else {
+            panic!("{out:?}")
+        };
+        out.clear();
+        server.ask_again(2, &mut out);
+        let [
+            Action::Ask {
+                rid: 2,
+                args: again,
+            },
+        ] = &out[..]
+        else {
+            panic!("{out:?}")
+        };
+        assert_eq!(*again, args);
+        out.clear();
+        server.response(2, &LocalMap::default().answer(&args), &mut out);
+        server.ask_again(2, &mut out);
+        server.ask_again(1, &mut out);
+        assert!(out.is_empty(), "who answered, or asks itself, is not asked");
+    }
+
     #[test]
     fn bits_follow_the_counts() {
         let mut local = LocalMap::default();
