@@ -11,7 +11,7 @@
 
 use crate::rng::Stream;
 use crate::trace::{Digest, digest_of_long};
-use outrider_core::env::{AlignedBuf, IoBuf};
+use outrider_core::env::{AlignedBuf, BlockDevice, DeviceError, IoBuf, LocalBoxFuture, WriteFlags};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -307,6 +307,50 @@ impl Medium {
             }
         }
         digest.value()
+    }
+}
+
+/// A device as it was, for those who only read: that takes no time and meets no fault.
+pub struct Still(pub Medium);
+
+impl BlockDevice for Still {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read(
+        &self,
+        offset: u64,
+        mut buf: AlignedBuf,
+    ) -> LocalBoxFuture<'static, (AlignedBuf, Result<(), DeviceError>)> {
+        let (len, size) = (buf.len() as u64, self.size());
+        let fits = offset.checked_add(len).is_some_and(|end| end <= size);
+        let result = if fits {
+            self.0.read(offset, &mut buf);
+            Ok(())
+        } else {
+            let op = "read";
+            Err(DeviceError::OutOfRange {
+                op,
+                offset,
+                len,
+                size,
+            })
+        };
+        Box::pin(std::future::ready((buf, result)))
+    }
+
+    fn write(
+        &self,
+        _offset: u64,
+        _bufs: Vec<IoBuf>,
+        _flags: WriteFlags,
+    ) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
+        Box::pin(std::future::ready(Err(DeviceError::Shut)))
+    }
+
+    fn flush(&self) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
+        Box::pin(std::future::ready(Err(DeviceError::Shut)))
     }
 }
 

@@ -98,6 +98,11 @@ pub struct Jump {
 }
 
 impl Jump {
+    fn over(points: &[Point], (from, until): (usize, usize)) -> Self {
+        let (before, after) = (points[from], points[until]);
+        Self { before, after }
+    }
+
     fn height(&self) -> f64 {
         (self.after.share() - self.before.share()).abs()
     }
@@ -166,11 +171,8 @@ impl Curve {
     /// Where it jumps, the highest first.
     pub fn jumps(&self) -> Vec<Jump> {
         let all = stretches(&self.points).into_iter();
-        all.map(|(from, until)| Jump {
-            before: self.points[from],
-            after: self.points[until],
-        })
-        .collect()
+        all.map(|stretch| Jump::over(&self.points, stretch))
+            .collect()
     }
 
     /// The first moment from which on the failure comes (nearly) always.
@@ -208,11 +210,7 @@ fn stretches(points: &[Point]) -> Vec<(usize, usize)> {
             all.push((from, until));
         }
     }
-    let jump = |stretch: &(usize, usize)| Jump {
-        before: points[stretch.0],
-        after: points[stretch.1],
-    };
-    let height = |stretch: &(usize, usize)| jump(stretch).height();
+    let height = |stretch: &(usize, usize)| Jump::over(points, *stretch).height();
     all.sort_by(|one, other| height(other).total_cmp(&height(one)).then(one.cmp(other)));
     let mut chosen: Vec<(usize, usize)> = Vec::new();
     for (from, until) in all {
@@ -336,17 +334,24 @@ mod tests {
         }
     }
 
+    /// The curve if so many of the runs that leave at a moment fail.
+    fn drawn(moments: impl Iterator<Item = u64>, most: usize, same: impl Fn(u64) -> u32) -> Curve {
+        let moments: Vec<u64> = moments.collect();
+        let mut asked = 0;
+        let curve = Curve::draw(&moments, 12, most, |times| {
+            asked += times.len();
+            times.iter().map(|at| counts(same(*at))).collect()
+        });
+        assert_eq!(asked, curve.points.len());
+        curve
+    }
+
     #[test]
     fn a_jump_is_followed_to_the_event() {
-        let moments: Vec<u64> = (1..=1000).map(|n| n * 100).collect();
-        let mut asked = 0;
-        let curve = Curve::draw(&moments, 12, 60, |times| {
-            asked += times.len();
-            let of = |at: &u64| if *at > 61_700 { counts(40) } else { counts(8) };
-            times.iter().map(of).collect()
-        });
+        let moments = (1..=1000).map(|n| n * 100);
+        let curve = drawn(moments, 60, |at| if at > 61_700 { 40 } else { 8 });
         assert!(curve.complete);
-        assert_eq!(asked, curve.points.len());
+        let asked = curve.points.len();
         assert!(asked < 24, "{asked}");
         let jumps = curve.jumps();
         assert_eq!(jumps.len(), 1);
@@ -358,12 +363,9 @@ mod tests {
 
     #[test]
     fn a_rise_that_is_spread_is_one_stretch() {
-        let moments: Vec<u64> = (1..=1200).collect();
         // From 10% to 100% between the 500th and the 600th, in small steps.
-        let curve = Curve::draw(&moments, 12, 60, |times| {
-            let of = |at: &u64| counts((4 + at.saturating_sub(500) * 36 / 100).min(40) as u32);
-            times.iter().map(of).collect()
-        });
+        let same = |at: u64| (4 + at.saturating_sub(500) * 36 / 100).min(40) as u32;
+        let curve = drawn(1..=1200, 60, same);
         let jumps = curve.jumps();
         assert!(!jumps.is_empty());
         for jump in &jumps {
@@ -374,30 +376,23 @@ mod tests {
 
     #[test]
     fn chance_is_no_jump_and_the_bounds_are_kept() {
-        let moments: Vec<u64> = (1..=1000).collect();
-        let wobble = |times: &[u64]| -> Vec<Counts> {
-            let of = |at: &u64| counts(18 + (*at % 5) as u32);
-            times.iter().map(of).collect()
-        };
-        let curve = Curve::draw(&moments, 12, 60, wobble);
+        let curve = drawn(1..=1000, 60, |at| 18 + (at % 5) as u32);
         assert_eq!((curve.points.len(), curve.jumps().len()), (13, 0));
         assert!(curve.complete && curve.inevitable().is_none());
 
-        let two_steps = |times: &[u64]| -> Vec<Counts> {
-            let of = |at: &u64| counts(20 * (u32::from(*at > 300) + u32::from(*at > 700)));
-            times.iter().map(of).collect()
-        };
-        let bounded = Curve::draw(&moments, 12, 15, two_steps);
+        let two_steps = |at: u64| 20 * (u32::from(at > 300) + u32::from(at > 700));
+        let bounded = drawn(1..=1000, 15, two_steps);
         assert_eq!((bounded.points.len(), bounded.complete), (15, false));
-        let whole = Curve::draw(&moments, 12, 60, two_steps);
+        let whole = drawn(1..=1000, 60, two_steps);
         assert_eq!((whole.jumps().len(), whole.complete), (2, true));
 
+        let moments: Vec<u64> = (1..=1000).collect();
         let mut calls = 0;
         let late = Curve::draw(&moments, 12, 60, |times| {
             calls += 1;
-            let mut counts = two_steps(times);
-            counts.truncate(if calls < 3 { 99 } else { 1 });
-            counts
+            let finished = if calls < 3 { 99 } else { 1 };
+            let times = times.iter().take(finished);
+            times.map(|at| counts(two_steps(*at))).collect()
         });
         assert!(!late.complete);
         assert_eq!(late.points.len(), 13 + 2 + 1);

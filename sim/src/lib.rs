@@ -14,6 +14,7 @@
 
 #![recursion_limit = "256"] // futures of whole lives nest deeply
 
+pub mod ask;
 pub mod disk_model;
 pub mod explain;
 pub mod explore;

@@ -192,20 +192,14 @@ pub fn perfetto(events: &[Event]) -> String {
                 entry["ph"] = json!("X");
                 entry["dur"] = json!(micros(until) - micros(event.nanos));
             }
-            Link::Sends(message, _) => {
+            Link::Sends(message, _) | Link::Gets(message) => {
                 let mut flow = entry.clone();
-                flow["ph"] = json!("s");
-                flow["id"] = json!(message);
-                flow["name"] = json!("message");
-                flow["cat"] = json!("message");
-                entry["ph"] = json!("X");
-                entry["dur"] = json!(0.2);
-                out.push(flow);
-            }
-            Link::Gets(message) => {
-                let mut flow = entry.clone();
-                flow["ph"] = json!("f");
-                flow["bp"] = json!("e");
+                if let Link::Sends(..) = event.link {
+                    flow["ph"] = json!("s");
+                } else {
+                    flow["ph"] = json!("f");
+                    flow["bp"] = json!("e");
+                }
                 flow["id"] = json!(message);
                 flow["name"] = json!("message");
                 flow["cat"] = json!("message");

@@ -110,18 +110,20 @@ pub enum Link {
     Gets(u64),
 }
 
+/// A time as the lines of events have it: seconds, microseconds, nanoseconds.
+pub fn seconds(nanos: u64) -> String {
+    let (sec, ns) = (nanos / 1_000_000_000, nanos % 1_000_000_000);
+    format!("{sec}.{:06}.{:03}", ns / 1000, ns % 1000)
+}
+
 impl Event {
     /// One line: time, number, node, kind, text.
     pub fn line(&self) -> String {
-        let (sec, ns) = (self.nanos / 1_000_000_000, self.nanos % 1_000_000_000);
+        let time = seconds(self.nanos);
         let number = self.number.map_or("-".to_owned(), |n| format!("#{n}"));
         format!(
-            "{sec:5}.{:06}.{:03} {number:<7} n{} {:<10} {}",
-            ns / 1000,
-            ns % 1000,
-            self.node,
-            self.kind,
-            self.text
+            "{time:>16} {number:<7} n{} {:<10} {}",
+            self.node, self.kind, self.text
         )
     }
 }

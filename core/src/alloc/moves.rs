@@ -8,6 +8,7 @@
 use super::free::{apply, cut, insert_extent, largest, next_by_order, undo};
 use super::{AllocError, Bitmap, FreeExtent, Zones, ext_mod, has_zone, zones_of};
 use crate::block::{Cache, Tx};
+use crate::btree;
 use crate::env::probe;
 use crate::format::{AllocRoot, DATA_ALLOC_MAX_ZONES, free_extent_order};
 
@@ -26,6 +27,10 @@ pub async fn move_extents(
     zones: Option<&Zones>,
     budget: u32,
 ) -> Result<(), AllocError> {
+    // What a move needs follows from the heights: with a false one it would wait for ever
+    // for a transaction with so much room.
+    btree::check_root(&src.root)?;
+    btree::check_root(&dst.root)?;
     let mark = tx.mark();
     let mut moved = 0;
     while moved < total {

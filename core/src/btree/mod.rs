@@ -31,6 +31,7 @@ pub use ops::{delete, dirty, force, insert, lookup, next, prev, rebalance, updat
 pub use parents::{get_parent, parent_range, set_parent};
 pub use verify::verify_block;
 pub use visit::{Child, block_items, children, new_leaf};
+pub use walk::check_root;
 
 use crate::block::BlockError;
 use crate::errno::Errno;

@@ -110,7 +110,10 @@ pub(super) fn corrupt(block_ref: &BlockRef, what: String) -> BtreeError {
 }
 
 /// Checks a root: the height is one of the format, and null exactly for empty trees.
-pub(super) fn check_root(root: &BtreeRoot) -> Result<(), BtreeError> {
+///
+/// # Errors
+/// `BadRoot` names what it says.
+pub fn check_root(root: &BtreeRoot) -> Result<(), BtreeError> {
     let empty = root.height == 0;
     if root.height > BTREE_MAX_HEIGHT || empty != root.block_ref.is_null() {
         return Err(BtreeError::BadRoot {

@@ -63,6 +63,9 @@ fn damaged_trees_end_operations_with_errors() {
 const FREED_LIST_NOT_AS_TOLD: &[u8] = include_bytes!("inputs/messages-freed-list-not-as-told");
 /// A grant that says that the lock was not held, of one with cached items.
 const GRANT_OF_A_HELD_LOCK: &[u8] = include_bytes!("inputs/messages-grant-of-a-held-lock");
+/// A COMMIT_LOG_TREES with a root higher than trees are: what it had freed was given back
+/// in commit after commit, none of which had room for so high a tree.
+const ROOT_OF_NO_TREE: &[u8] = include_bytes!("inputs/messages-root-of-no-tree");
 /// A datagram with the greatest term that there is: the next election had no greater one.
 const GREATEST_TERM: &[u8] = include_bytes!("inputs/datagrams-greatest-term");
 
@@ -71,6 +74,7 @@ fn changed_messages_harm_nobody() {
     let wires = messages::Wires::new();
     wires.exercise(&FREED_LIST_NOT_AS_TOLD[1..]);
     wires.exercise(&GRANT_OF_A_HELD_LOCK[1..]);
+    wires.exercise(&ROOT_OF_NO_TREE[1..]);
     messages::datagrams(&GREATEST_TERM[1..]);
     let entropy = TestEntropy::new(41);
     for _ in 0..60 {

@@ -36,6 +36,18 @@ const MERGE_PATIENCE_MAX: u32 = 10;
 /// Seqs from here on can not come from a sane peer.
 const SEQ_LIMIT: u64 = 1 << 63;
 
+/// Commits that give a mount's freed data back and move nothing, before the mount gets
+/// its transaction with what is left. What others free is free two commits later.
+const DRAINS_IN_VAIN: u32 = 4;
+
+/// Refuses a record of a mount with roots that no tree has.
+fn check_roots(log: &LogTrees) -> Result<()> {
+    for root in [&log.item_root, &log.data_avail.root, &log.data_freed.root] {
+        btree::check_root(root)?;
+    }
+    Ok(())
+}
+
 /// Whether a bounded move has moved everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
@@ -163,6 +175,7 @@ impl Store {
         }
         // The mount's word, from its last COMMIT_LOG_TREES: refused while nothing of
         // ours has changed.
+        check_roots(&log)?;
         alloc::verify_list(&self.tx, &log.meta_freed).await?;
         let all = items::all_log_trees(&self.cache, &d.sup.logs_root).await?;
         let zones = Zones::for_mount(&self.stable(), rid, &all);
@@ -261,11 +274,17 @@ impl Store {
     /// step 12). A record that refers to blocks of a failed commit is not given out.
     async fn drain_data_freed(self: &Rc<Self>, opened: LogTrees) -> Result<LogTrees> {
         let mut log = opened;
-        while log.data_freed.total_len.get() != 0 {
+        let mut in_vain = 0;
+        while log.data_freed.total_len.get() != 0 && in_vain < DRAINS_IN_VAIN {
             probe("server.get_log_trees.drain");
+            let before = log.data_freed.total_len;
             log = self
                 .change(async |d| self.drain_some(d, &opened).await)
                 .await?;
+            in_vain = match log.data_freed.total_len == before {
+                true => in_vain + 1,
+                false => 0,
+            };
         }
         Ok(log)
     }
@@ -318,6 +337,7 @@ impl Store {
             probe("server.commit_log_trees.resent");
             return Ok(());
         }
+        check_roots(&log)?;
         btree::dirty(&self.tx, &mut d.sup.logs_root, &key).await?;
         self.rotate_srch(d, &mut log.srch_file, false)
             .await

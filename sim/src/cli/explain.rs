@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use outrider_sim::case::{Case, signature};
 use outrider_sim::explain::{Counts, Curve, Jump, Point, happened, moments};
 use outrider_sim::show::Facts;
-use outrider_sim::trace::{Event, digest};
+use outrider_sim::trace::{Event, digest, seconds};
 use outrider_sim::world::{self, Fork, Options, Outcome, node::Outrider};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -384,12 +384,6 @@ impl Story<'_> {
             "complete": self.curve.complete,
         })
     }
-}
-
-/// A time as the lines of events have it.
-fn seconds(nanos: u64) -> String {
-    let (sec, ns) = (nanos / 1_000_000_000, nanos % 1_000_000_000);
-    format!("{sec}.{:06}.{:03}", ns / 1000, ns % 1000)
 }
 
 /// The line of an event, of a length that can be read.

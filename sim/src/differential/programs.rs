@@ -95,27 +95,19 @@ impl Programs {
     }
 
     fn learn(&mut self, call: &Call, reply: &Reply) {
-        match (call, reply) {
-            (_, Reply::Err(_)) => {}
-            (
-                Call::Create { dir, name, .. }
-                | Call::Mknod { dir, name, .. }
-                | Call::Mkdir { dir, name, .. }
-                | Call::Symlink { dir, name, .. }
-                | Call::Link { dir, name, .. },
-                Reply::Entry(attr),
-            ) => {
-                self.names.insert((*dir, name.clone()), attr.ino);
-            }
-            (Call::Unlink { dir, name } | Call::Rmdir { dir, name }, _) => {
+        if matches!(reply, Reply::Err(_)) {
+            return;
+        }
+        if let (Some((dir, name)), Reply::Entry(attr)) = (call.makes(), reply) {
+            self.names.insert((dir, name.clone()), attr.ino);
+        }
+        match call {
+            Call::Unlink { dir, name } | Call::Rmdir { dir, name } => {
                 self.names.remove(&(*dir, name.clone()));
             }
-            (
-                Call::Rename {
-                    dir, name, to, new, ..
-                },
-                _,
-            ) => {
+            Call::Rename {
+                dir, name, to, new, ..
+            } => {
                 if let Some(ino) = self.names.remove(&(*dir, name.clone())) {
                     self.names.insert((*to, new.clone()), ino);
                 }

@@ -21,34 +21,21 @@ mod pages;
 
 pub use caches::{Caches, Notify};
 
+use crate::ask::{Answer, ask, list};
 use crate::model::acl::is_acl;
-use crate::model::{Call, Reply, UMASK, pattern};
+use crate::model::{Call, Reply, pattern};
 use bytes::Bytes;
 use caches::ALL;
 use outrider_core::env::LocalBoxFuture;
 use outrider_core::errno::Errno;
-use outrider_core::fs::api::{Attr, Caller, Entry, Ino, Opened, Posix, SetAttr, Whence, WriteHow};
+use outrider_core::fs::api::{Attr, Caller, Entry, Ino, Opened, Posix, WriteHow};
 use std::ops::Range;
 use std::rc::Rc;
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 const PAGE: u64 = 4096;
-/// `O_RDWR`.
-const O_RDWR: u32 = 2;
-/// `O_DIRECT | O_RDWR`.
-const O_DIRECT_RDWR: u32 = 0o40_002;
-/// `O_TRUNC | O_RDWR`.
-const O_TRUNC_RDWR: u32 = 0o1002;
 /// `O_APPEND | O_RDWR`.
 const O_APPEND_RDWR: u32 = 0o2002;
-/// `O_CREAT | O_RDWR`.
-const O_CREAT_RDWR: u32 = 0o102;
-/// `O_EXCL`.
-const O_EXCL: u32 = 0o200;
-/// `FALLOC_FL_KEEP_SIZE`.
-const KEEP_SIZE: u32 = 1;
-/// `RENAME_NOREPLACE`.
-const NOREPLACE: u32 = 1;
 /// Bit of the number of an inode's lock that keeps stores through mappings out.
 const MAPPING: Ino = 1 << 63;
 
@@ -264,15 +251,6 @@ impl<P: Posix> Kernel<P> {
         Reply::Entry(entry.attr)
     }
 
-    /// A new inode under a name.
-    fn made(&self, dir: Ino, name: &Bytes, entry: &Entry, epoch: u64) -> Reply {
-        let version = self.caches.version(entry.attr.ino);
-        let reply = self.entered(entry, version);
-        self.caches
-            .keep_name(dir, name, entry.attr.ino, entry.entry_valid, epoch);
-        reply
-    }
-
     fn opened(&self, ino: Ino, opened: &Opened) -> Handle {
         if !opened.keep_cache {
             self.caches.drop_pages(ino, &ALL);
@@ -290,117 +268,27 @@ impl<P: Posix> Kernel<P> {
         fh: Option<Handle>,
         handle: &mut Option<Handle>,
     ) -> Result<Reply, Errno> {
-        let (fs, cx) = (&*self.fs, &self.cx);
         let epoch = self.caches.name_epoch.get();
-        let open = || fh.map(|handle| handle.fh).ok_or(Errno::EBADF);
         let direct = self.caches.enabled && fh.is_some_and(|handle| handle.direct);
-        Ok(match call {
+        let fh = fh.map(|handle| handle.fh);
+        let open = || fh.ok_or(Errno::EBADF);
+        match call {
             Call::Lookup { dir, name } => return self.lookup(*dir, name).await,
-            Call::Getattr { ino } => Reply::Attr(self.getattr(*ino).await?),
-            Call::Setattr { ino, set } => return self.setattr(*ino, set).await,
-            Call::Readlink { ino } => Reply::Bytes(fs.readlink(cx, *ino).await?),
-            Call::Mknod {
-                dir,
-                name,
-                mode,
-                rdev,
-            } => {
-                let entry = fs.mknod(cx, *dir, name, *mode, *rdev, UMASK).await?;
-                self.made(*dir, name, &entry, epoch)
-            }
-            Call::Mkdir { dir, name, mode } => {
-                let entry = fs.mkdir(cx, *dir, name, *mode, UMASK).await?;
-                self.made(*dir, name, &entry, epoch)
-            }
-            Call::Symlink { dir, name, target } => {
-                let entry = fs.symlink(cx, *dir, name, target).await?;
-                self.made(*dir, name, &entry, epoch)
-            }
-            Call::Create {
-                dir,
-                name,
-                mode,
-                excl,
-            } => {
-                let flags = O_CREAT_RDWR | if *excl { O_EXCL } else { 0 };
-                // It may open a file that is there and changing: attributes from
-                // before a change that has been answered meanwhile are not kept.
-                let before = self.caches.maps.borrow().versions.clone();
-                let (entry, opened) = fs.create(cx, *dir, name, *mode, UMASK, flags).await?;
-                let ino = entry.attr.ino;
-                *handle = Some(self.opened(ino, &opened));
-                self.caches
-                    .keep_name(*dir, name, ino, entry.entry_valid, epoch);
-                self.entered(&entry, before.of(ino))
-            }
-            Call::Tmpfile { dir, mode } => {
-                let (entry, opened) = fs.tmpfile(cx, *dir, *mode, UMASK, O_RDWR).await?;
-                *handle = Some(self.opened(entry.attr.ino, &opened));
-                let version = self.caches.version(entry.attr.ino);
-                self.entered(&entry, version)
-            }
-            Call::Unlink { dir, name } => {
-                fs.unlink(cx, *dir, name).await?;
-                Reply::Done
-            }
-            Call::Rmdir { dir, name } => {
-                fs.rmdir(cx, *dir, name).await?;
-                Reply::Done
-            }
-            Call::Rename {
-                dir,
-                name,
-                to,
-                new,
-                noreplace,
-            } => {
-                let flags = if *noreplace { NOREPLACE } else { 0 };
-                fs.rename(cx, *dir, name, *to, new, flags).await?;
-                Reply::Done
-            }
-            Call::Link { ino, dir, name } => {
-                let entry = fs.link(cx, *ino, *dir, name).await?;
-                self.made(*dir, name, &entry, epoch)
-            }
-            Call::Open { ino } => {
-                let opened = fs.open(cx, *ino, O_RDWR).await?;
-                *handle = Some(self.opened(*ino, &opened));
-                Reply::Done
-            }
-            Call::OpenDirect { ino } => {
-                let opened = fs.open(cx, *ino, O_DIRECT_RDWR).await?;
-                *handle = Some(self.opened(*ino, &opened));
-                Reply::Done
-            }
-            Call::OpenTrunc { ino } => {
-                let opening = fs.open(cx, *ino, O_TRUNC_RDWR);
-                let opened = self.resize(*ino, 0, opening).await?;
-                *handle = Some(self.opened(*ino, &opened));
-                Reply::Done
-            }
-            Call::Release { ino } => {
-                fs.release(*ino, open()?).await;
-                Reply::Done
-            }
-            Call::Read { ino, offset, len } => {
-                let fh = open()?;
-                Reply::Bytes(match direct {
-                    true => self.read_direct(*ino, fh, *offset, *len).await?,
-                    false => self.read(*ino, fh, *offset, *len).await?,
-                })
+            Call::Getattr { ino } => return Ok(Reply::Attr(self.getattr(*ino).await?)),
+            Call::Read { ino, offset, len } if !direct => {
+                let bytes = self.read(*ino, open()?, *offset, *len).await?;
+                return Ok(Reply::Bytes(bytes));
             }
             Call::MapRead { ino, offset, len } => {
-                Reply::Bytes(self.map_read((*ino, open()?), *offset, *len).await?)
+                let bytes = self.map_read((*ino, open()?), *offset, *len).await?;
+                return Ok(Reply::Bytes(bytes));
             }
             Call::MapWrite {
                 ino,
                 offset,
                 len,
                 tag,
-            } => {
-                let file = (*ino, open()?);
-                self.map_write(file, *offset, *len, *tag).await?
-            }
+            } => return self.map_write((*ino, open()?), *offset, *len, *tag).await,
             Call::WritePages { .. } => unreachable!("only the kernel itself writes back"),
             Call::Write {
                 ino,
@@ -424,81 +312,51 @@ impl<P: Posix> Kernel<P> {
                 if *append && self.caches.enabled && self.caches.walks.get() {
                     return self.append(*ino, at, data, how).await;
                 }
-                if direct {
-                    return self.write_direct(*ino, open()?, at, data, how).await;
-                }
-                self.write(*ino, open()?, at, data, how).await?
-            }
-            Call::Fsync { ino } => {
-                fs.fsync(cx, *ino, open()?, false).await?;
-                Reply::Done
-            }
-            Call::Syncfs => {
-                fs.syncfs().await?;
-                Reply::Done
-            }
-            Call::Setxattr {
-                ino,
-                name,
-                value,
-                how,
-            } => {
-                fs.setxattr(cx, *ino, name, value, *how).await?;
-                Reply::Done
+                return match direct {
+                    true => self.write_direct(*ino, open()?, at, data, how).await,
+                    false => self.write(*ino, open()?, at, data, how).await,
+                };
             }
             Call::Getxattr { ino, name } if is_acl(name) => {
-                Reply::Bytes(self.acl(*ino, name).await?)
+                return Ok(Reply::Bytes(self.acl(*ino, name).await?));
             }
-            Call::Getxattr { ino, name } => Reply::Bytes(fs.getxattr(cx, *ino, name).await?),
-            Call::Listxattr { ino } => Reply::Bytes(fs.listxattr(cx, *ino).await?),
-            Call::Removexattr { ino, name } => {
-                fs.removexattr(cx, *ino, name).await?;
-                Reply::Done
+            Call::Readdir { ino } => {
+                let rng = &self.caches.rng;
+                let how = || (rng.chance(300), rng.pick(&[1, 3, 100]));
+                let seen = |entry: &Entry| self.caches.count_lookup(entry.attr.ino);
+                return list(&*self.fs, &self.cx, *ino, how, seen).await;
             }
-            Call::Readdir { ino } => return self.readdir(*ino).await,
-            Call::Statfs => Reply::Stat(fs.statfs().await?),
-            Call::Fallocate {
-                ino,
-                keep,
-                offset,
-                len,
-            } => {
-                let mode = if *keep { KEEP_SIZE } else { 0 };
-                fs.fallocate(cx, *ino, open()?, mode, *offset, *len).await?;
-                Reply::Done
+            _ => {}
+        }
+        // It may find an inode that is there and changing: attributes from before a
+        // change that has been answered meanwhile are not kept.
+        let finds = matches!(
+            call,
+            Call::Create { .. } | Call::ByHandle { .. } | Call::HandleParent { .. }
+        );
+        let before = finds.then(|| self.caches.maps.borrow().versions.clone());
+        let asking = ask(&*self.fs, &self.cx, call, fh);
+        let answer = match call.resizes() {
+            Some((ino, size)) => self.resize(ino, size, asking).await?,
+            None => asking.await?,
+        };
+        let (entry, opened) = match answer {
+            Answer::Reply(reply) => return Ok(reply),
+            Answer::Opened(ino, opened) => {
+                *handle = Some(self.opened(ino, &opened));
+                return Ok(Reply::Done);
             }
-            Call::Seek { ino, offset, hole } => {
-                let whence = if *hole { Whence::Hole } else { Whence::Data };
-                Reply::Number(fs.lseek(cx, *ino, open()?, *offset, whence).await?)
-            }
-            Call::Fiemap { ino } => {
-                let all = fs.fiemap(cx, *ino, 0, u64::MAX, usize::MAX).await?;
-                Reply::Extents(all)
-            }
-            // As a kernel asks that does not have the inode.
-            Call::ByHandle { ino } => return self.find_by(*ino, b".").await,
-            Call::HandleParent { ino } => return self.find_by(*ino, b"..").await,
-            Call::Exchange {
-                dir,
-                name,
-                to,
-                new,
-                flags,
-            } => {
-                fs.rename(cx, *dir, name, *to, new, *flags).await?;
-                Reply::Done
-            }
-            Call::Punch {
-                ino,
-                mode,
-                offset,
-                len,
-            } => {
-                let fh = open()?;
-                fs.fallocate(cx, *ino, fh, *mode, *offset, *len).await?;
-                Reply::Done
-            }
-        })
+            Answer::Entry(entry) => (entry, None),
+            Answer::Created(entry, opened) => (entry, Some(opened)),
+        };
+        let ino = entry.attr.ino;
+        *handle = opened.map(|opened| self.opened(ino, &opened));
+        let version = before.map_or_else(|| self.caches.version(ino), |before| before.of(ino));
+        if let Some((dir, name)) = call.makes() {
+            self.caches
+                .keep_name(dir, name, ino, entry.entry_valid, epoch);
+        }
+        Ok(self.entered(&entry, version))
     }
 
     async fn lookup(&self, dir: Ino, name: &Bytes) -> Result<Reply, Errno> {
@@ -517,13 +375,6 @@ impl<P: Posix> Kernel<P> {
             return Err(Errno::ENOENT);
         }
         Ok(self.entered(&entry, before.of(ino)))
-    }
-
-    /// Finds an inode by its number, or its parent.
-    async fn find_by(&self, ino: Ino, name: &[u8]) -> Result<Reply, Errno> {
-        let before = self.caches.maps.borrow().versions.clone();
-        let entry = self.fs.lookup(&self.cx, ino, name).await?;
-        Ok(self.entered(&entry, before.of(entry.attr.ino)))
     }
 
     async fn acl(&self, ino: Ino, name: &Bytes) -> Result<Bytes, Errno> {
@@ -551,53 +402,6 @@ impl<P: Posix> Kernel<P> {
         let (attr, valid) = self.fs.getattr(&self.cx, ino).await?;
         self.caches.keep_attr(attr, valid, version);
         Ok(attr)
-    }
-
-    async fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Reply, Errno> {
-        let Some(size) = set.size else {
-            let (attr, _) = self.fs.setattr(&self.cx, ino, set).await?;
-            return Ok(Reply::Attr(attr));
-        };
-        let setting = self.fs.setattr(&self.cx, ino, set);
-        let (attr, _) = self.resize(ino, size, setting).await?;
-        Ok(Reply::Attr(attr))
-    }
-
-    async fn readdir(&self, ino: Ino) -> Result<Reply, Errno> {
-        let opened = self.fs.opendir(&self.cx, ino, 0).await?;
-        let plus = self.caches.rng.chance(300);
-        let batch = self.caches.rng.pick(&[1, 3, 100]);
-        let mut names = Vec::new();
-        let mut offset = 0;
-        let result = loop {
-            let (before, at) = (names.len(), offset);
-            let mut room = batch;
-            let mut sink = |entry: outrider_core::fs::api::DirEntry| {
-                if room == 0 {
-                    return false;
-                }
-                room -= 1;
-                offset = entry.next;
-                if let Some(entry) = &entry.entry {
-                    self.caches.count_lookup(entry.attr.ino);
-                }
-                names.push((entry.ino, entry.dtype, entry.name));
-                true
-            };
-            let sink: &mut dyn FnMut(outrider_core::fs::api::DirEntry) -> bool = &mut sink;
-            let outcome = self
-                .fs
-                .readdir(&self.cx, ino, opened.fh, at, plus, sink)
-                .await;
-            if let Err(error) = outcome {
-                break Err(error);
-            }
-            if names.len() == before {
-                break Ok(Reply::Names(names));
-            }
-        };
-        self.fs.releasedir(ino, opened.fh).await;
-        result
     }
 
     /// After a call: what it changed is no longer known.

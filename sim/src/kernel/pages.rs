@@ -12,9 +12,9 @@
 
 use super::caches::{ALL, Pages};
 use super::{Kernel, O_APPEND_RDWR, PAGE, Recorder};
+use crate::ask::blocks;
 use crate::model::{Call, Contents, Reply, pattern};
 use bytes::Bytes;
-use outrider_core::env::AlignedBuf;
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{Ino, Posix, WriteData, WriteHow};
 use std::collections::BTreeMap;
@@ -111,11 +111,7 @@ impl<P: Posix> Kernel<P> {
             locked = self.caches.lock_pages(ino, range, place).await;
         }
         let bytes = data.clone();
-        // Whole blocks come in memory of their own, as from the kernel.
-        let data = match !data.is_empty() && data.len().is_multiple_of(PAGE as usize) {
-            true => WriteData::Blocks(AlignedBuf::copy_of(&data)),
-            false => data.into(),
-        };
+        let data = blocks(data);
         let written = self.fs.write(&self.cx, ino, fh, offset, data, how).await;
         let taken = written.as_ref().map_or(0, |taken| *taken as usize);
         if taken < bytes.len() {
@@ -174,18 +170,6 @@ impl<P: Posix> Kernel<P> {
         }
         caches.unlocked.wake_all();
         answer
-    }
-
-    /// Reads beside the pages. Dirty ones were written back.
-    pub(super) async fn read_direct(
-        &self,
-        ino: Ino,
-        fh: u64,
-        offset: u64,
-        len: u32,
-    ) -> Result<Bytes, Errno> {
-        let pieces = self.fs.read(&self.cx, ino, fh, offset, len).await?;
-        Ok(pieces.concat().into())
     }
 
     /// Writes beside the pages. Linux from 6.6 on drops those of the range before; what

@@ -342,18 +342,24 @@ impl Call {
         }
     }
 
+    /// The name that it gives to an inode, if it answers with that inode.
+    pub fn makes(&self) -> Option<(Ino, &Bytes)> {
+        match self {
+            Call::Mknod { dir, name, .. }
+            | Call::Mkdir { dir, name, .. }
+            | Call::Symlink { dir, name, .. }
+            | Call::Create { dir, name, .. }
+            | Call::Link { dir, name, .. } => Some((*dir, name)),
+            _ => None,
+        }
+    }
+
     /// The directories whose entries it changes.
     pub fn changes_entries_of(&self) -> [Option<Ino>; 2] {
         match self {
-            Call::Mknod { dir, .. }
-            | Call::Mkdir { dir, .. }
-            | Call::Symlink { dir, .. }
-            | Call::Create { dir, .. }
-            | Call::Unlink { dir, .. }
-            | Call::Rmdir { dir, .. }
-            | Call::Link { dir, .. } => [Some(*dir), None],
+            Call::Unlink { dir, .. } | Call::Rmdir { dir, .. } => [Some(*dir), None],
             Call::Rename { dir, to, .. } => [Some(*dir), Some(*to)],
-            _ => [None, None],
+            call => [call.makes().map(|(dir, _)| dir), None],
         }
     }
 }

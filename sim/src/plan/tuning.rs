@@ -208,17 +208,21 @@ const BUILT_IN: [(&str, &str); 7] = [
     ),
 ];
 
-/// The profiles that are part of the code, by name.
+/// The profiles that are part of the code, with their names.
+fn all_coded() -> impl Iterator<Item = (String, Profile)> {
+    let all = PROFILES.into_iter().chain([Profile::Cluster]);
+    all.map(|profile| (format!("{profile:?}").to_lowercase(), profile))
+}
+
 fn coded(name: &str) -> Option<Profile> {
-    let mut all = PROFILES.into_iter().chain([Profile::Cluster]);
-    all.find(|profile| format!("{profile:?}").to_lowercase() == name)
+    let found = all_coded().find(|(own, _)| own == name);
+    found.map(|(_, profile)| profile)
 }
 
 /// Names of all profiles.
 pub fn names() -> Vec<String> {
-    let coded = PROFILES.into_iter().chain([Profile::Cluster]);
-    let coded = coded.map(|profile| format!("{profile:?}").to_lowercase());
-    coded
+    all_coded()
+        .map(|(name, _)| name)
         .chain(BUILT_IN.iter().map(|(name, _)| (*name).to_owned()))
         .collect()
 }
@@ -278,7 +282,7 @@ impl Tuning {
         if let Some(profile) = coded(name) {
             return Ok(Self::of(Some(profile)));
         }
-        if let Some((_, text)) = BUILT_IN.iter().find(|(own, _)| *own == name) {
+        if let Some(text) = text_of(name) {
             return Self::parse(text, false).map_err(|e| format!("profile {name}: {e}"));
         }
         let file = Path::new(name);
@@ -308,9 +312,7 @@ impl Tuning {
             match (key.as_str(), value) {
                 ("base", Value::String(name)) => {
                     let base = coded(&name).ok_or_else(|| {
-                        let coded = PROFILES.into_iter().chain([Profile::Cluster]);
-                        let names: Vec<String> =
-                            coded.map(|p| format!("{p:?}").to_lowercase()).collect();
+                        let names: Vec<String> = all_coded().map(|(name, _)| name).collect();
                         format!("base: {name:?} is none of {}", names.join(", "))
                     })?;
                     tuning.profile = Some(base);

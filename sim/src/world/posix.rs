@@ -55,84 +55,73 @@ impl<P: Posix> Scene<P> {
             },
             None => 0,
         };
-        match *op {
+        let acl_of = |obj: u16, default: bool| {
+            let ino = if default { dir(obj) } else { any(obj) };
+            (ino, acl_name(default))
+        };
+        let call = match *op {
             PosixOp::SetAcl {
                 obj,
                 default,
                 dir: on_dir,
                 shape,
                 perms,
-            } => {
-                let call = Call::Setxattr {
-                    ino: if default && on_dir {
-                        dir(obj)
-                    } else {
-                        any(obj)
-                    },
-                    name: acl_name(default),
-                    value: acl::drawn(shape, perms),
-                    // The kernel passes no flags with ACLs.
-                    how: XattrSet::Any,
-                };
-                self.call(call, None).await;
-            }
+            } => Call::Setxattr {
+                ino: if default && on_dir {
+                    dir(obj)
+                } else {
+                    any(obj)
+                },
+                name: acl_name(default),
+                value: acl::drawn(shape, perms),
+                // The kernel passes no flags with ACLs.
+                how: XattrSet::Any,
+            },
             PosixOp::GetAcl { obj, default } => {
-                let ino = if default { dir(obj) } else { any(obj) };
-                let name = acl_name(default);
-                self.call(Call::Getxattr { ino, name }, None).await;
+                let (ino, name) = acl_of(obj, default);
+                Call::Getxattr { ino, name }
             }
             PosixOp::RemoveAcl { obj, default } => {
-                let ino = if default { dir(obj) } else { any(obj) };
-                let name = acl_name(default);
-                self.call(Call::Removexattr { ino, name }, None).await;
+                let (ino, name) = acl_of(obj, default);
+                Call::Removexattr { ino, name }
             }
             PosixOp::ChmodBits { obj, mode } => {
                 let set = SetAttr {
                     mode: Some(u32::from(mode)),
                     ..SetAttr::default()
                 };
-                self.call(Call::Setattr { ino: any(obj), set }, None).await;
+                Call::Setattr { ino: any(obj), set }
             }
-            PosixOp::OpenHandle { obj } => {
-                self.call(Call::ByHandle { ino: any(obj) }, None).await;
-            }
-            PosixOp::HandleParent { dir: d } => {
-                self.call(Call::HandleParent { ino: dir(d) }, None).await;
-            }
+            PosixOp::OpenHandle { obj } => Call::ByHandle { ino: any(obj) },
+            PosixOp::HandleParent { dir: d } => Call::HandleParent { ino: dir(d) },
             PosixOp::Exchange {
                 dir: d,
                 name,
                 to,
                 new,
                 flags,
-            } => {
-                let call = Call::Exchange {
-                    dir: dir(d),
-                    name: file_name(name),
-                    to: dir(to),
-                    new: file_name(new),
-                    flags: u32::from(flags),
-                };
-                self.call(call, None).await;
-            }
+            } => Call::Exchange {
+                dir: dir(d),
+                name: file_name(name),
+                to: dir(to),
+                new: file_name(new),
+                flags: u32::from(flags),
+            },
             PosixOp::Punch {
                 mode, offset, len, ..
-            } => {
-                let call = Call::Punch {
-                    ino: file,
-                    mode: u32::from(mode),
-                    offset,
-                    len,
-                };
-                self.with_file(file, call).await;
-            }
+            } => Call::Punch {
+                ino: file,
+                mode: u32::from(mode),
+                offset,
+                len,
+            },
             PosixOp::ReadDirect { offset, len, .. } => {
                 let call = Call::Read {
                     ino: file,
                     offset,
                     len,
                 };
-                self.directly(file, call).await;
+                return self.through(Call::OpenDirect { ino: file }, call).await;
             }
             PosixOp::WriteDirect {
                 offset, len, sync, ..
@@ -145,27 +134,24 @@ impl<P: Posix> Scene<P> {
                     append: false,
                     sync,
                 };
-                self.directly(file, call).await;
+                return self.through(Call::OpenDirect { ino: file }, call).await;
             }
             PosixOp::MapRead { offset, len, .. } => {
-                self.map(file, offset, u64::from(len), false).await;
+                return self.map(file, offset, u64::from(len), false).await;
             }
             PosixOp::MapWrite { offset, len, .. } => {
-                self.map(file, offset, u64::from(len), true).await;
+                return self.map(file, offset, u64::from(len), true).await;
             }
             PosixOp::OpenTrunc { hold, .. } => {
-                let (_, handle) = self.call(Call::OpenTrunc { ino: file }, None).await;
-                if hold {
-                    self.hold(handle);
-                } else {
-                    self.release(handle).await;
-                }
+                return self.open(Call::OpenTrunc { ino: file }, hold).await;
             }
             PosixOp::Msync { .. } => {
                 let all = 0..u64::MAX;
                 let _ = self.kernel.write_back(file, &all, &self.desk).await;
+                return;
             }
-        }
+        };
+        self.make(file, call).await;
     }
 
     /// A file for programs that need one; the same on all nodes, if it can be.
@@ -181,15 +167,6 @@ impl<P: Posix> Scene<P> {
         match reply {
             Reply::Entry(attr) if attr.mode & S_IFMT == S_IFREG => Some(attr.ino),
             _ => None,
-        }
-    }
-
-    /// Makes a call through a handle that bypasses the kernel's pages.
-    async fn directly(&self, ino: Ino, call: Call) {
-        let (_, handle) = self.call(Call::OpenDirect { ino }, None).await;
-        if handle.is_some() {
-            self.call(call, handle).await;
-            self.release(handle).await;
         }
     }
 
@@ -241,8 +218,7 @@ impl<P: Posix> Scene<P> {
         if let Some(held) = self.held(ino) {
             return Some(held);
         }
-        let (_, handle) = self.call(Call::Open { ino }, None).await;
-        self.hold(handle);
+        self.open(Call::Open { ino }, true).await;
         self.held(ino)
     }
 }

@@ -12,10 +12,8 @@ use crate::backend::flying::{Flying, Request, Waiting};
 use crate::backend::net::SimNet;
 use crate::disk_model::Medium;
 use crate::plan::DiskFault;
-use crate::trace::{Event, Sink};
-use outrider_core::env::{
-    AlignedBuf, BlockDevice, DeviceError, DeviceRole, IoBuf, LocalBoxFuture, WriteFlags,
-};
+use crate::trace::{Event, Sink, seconds};
+use outrider_core::env::DeviceRole;
 use outrider_core::locks::Mode;
 use outrider_core::locks::client::LockState;
 use outrider_core::node::Mount;
@@ -309,56 +307,6 @@ impl Looker {
         let medium = disks.medium(DeviceRole::Meta);
         (self.moments.borrow_mut().each)(snapshot, medium);
     }
-}
-
-/// A device as it was, for those who only read.
-pub struct Still(pub Medium);
-
-impl BlockDevice for Still {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn read(
-        &self,
-        offset: u64,
-        mut buf: AlignedBuf,
-    ) -> LocalBoxFuture<'static, (AlignedBuf, Result<(), DeviceError>)> {
-        let (len, size) = (buf.len() as u64, self.size());
-        let fits = offset.checked_add(len).is_some_and(|end| end <= size);
-        let result = if fits {
-            self.0.read(offset, &mut buf);
-            Ok(())
-        } else {
-            let op = "read";
-            Err(DeviceError::OutOfRange {
-                op,
-                offset,
-                len,
-                size,
-            })
-        };
-        Box::pin(std::future::ready((buf, result)))
-    }
-
-    fn write(
-        &self,
-        _offset: u64,
-        _bufs: Vec<IoBuf>,
-        _flags: WriteFlags,
-    ) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
-        Box::pin(std::future::ready(Err(DeviceError::Shut)))
-    }
-
-    fn flush(&self) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
-        Box::pin(std::future::ready(Err(DeviceError::Shut)))
-    }
-}
-
-/// A time as the lines of events have it.
-fn seconds(nanos: u64) -> String {
-    let (sec, ns) = (nanos / 1_000_000_000, nanos % 1_000_000_000);
-    format!("{sec}.{:06}.{:03}", ns / 1000, ns % 1000)
 }
 
 fn by_mode(counts: [u32; 3]) -> String {

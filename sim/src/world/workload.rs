@@ -353,12 +353,17 @@ impl<P: Posix> Scene<P> {
     }
 
     /// Makes a call that needs an open file: with one held open, or by opening it.
-    pub(super) async fn with_file(&self, ino: Ino, call: Call) {
+    async fn with_file(&self, ino: Ino, call: Call) {
         if let Some(handle) = self.held(ino) {
             self.call(call, Some(*handle)).await;
             return;
         }
-        let (_, handle) = self.call(Call::Open { ino }, None).await;
+        self.through(Call::Open { ino }, call).await;
+    }
+
+    /// Makes a call through a file that is opened for it, in the way that is said.
+    pub(super) async fn through(&self, open: Call, call: Call) {
+        let (_, handle) = self.call(open, None).await;
         if handle.is_some() {
             self.call(call, handle).await;
             self.release(handle).await;
@@ -376,10 +381,6 @@ impl<P: Posix> Scene<P> {
             }
         };
         self.release(unused.map(|handle| *handle)).await;
-    }
-
-    async fn set(&self, ino: Ino, set: SetAttr) {
-        self.call(Call::Setattr { ino, set }, None).await;
     }
 
     async fn operate(&self, op: &PlanOp) {
@@ -403,21 +404,18 @@ impl<P: Posix> Scene<P> {
             },
             _ => 0,
         };
-        match *op {
-            PlanOp::Lookup { dir: d, name } => {
-                let (dir, name) = (dir(d), file_name(name));
-                self.call(Call::Lookup { dir, name }, None).await;
-            }
-            PlanOp::Getattr { obj } => {
-                self.call(Call::Getattr { ino: any(obj) }, None).await;
-            }
+        let call = match *op {
+            PlanOp::Lookup { dir: d, name } => Call::Lookup {
+                dir: dir(d),
+                name: file_name(name),
+            },
+            PlanOp::Getattr { obj } => Call::Getattr { ino: any(obj) },
             PlanOp::Chmod { obj, mode } => {
-                let mode = Some(u32::from(mode));
                 let set = SetAttr {
-                    mode,
+                    mode: Some(u32::from(mode)),
                     ..SetAttr::default()
                 };
-                self.set(any(obj), set).await;
+                Call::Setattr { ino: any(obj), set }
             }
             PlanOp::Chown { obj, uid, gid } => {
                 let set = SetAttr {
@@ -425,7 +423,7 @@ impl<P: Posix> Scene<P> {
                     gid: Some(u32::from(gid)),
                     ..SetAttr::default()
                 };
-                self.set(any(obj), set).await;
+                Call::Setattr { ino: any(obj), set }
             }
             PlanOp::Utimes { obj, at } => {
                 let time = Some(SetTime::At(wall_time(at)));
@@ -434,39 +432,36 @@ impl<P: Posix> Scene<P> {
                     mtime: time,
                     ..SetAttr::default()
                 };
-                self.set(any(obj), set).await;
+                Call::Setattr { ino: any(obj), set }
             }
             PlanOp::Truncate { size, .. } => {
                 let set = SetAttr {
                     size: Some(size),
                     ..SetAttr::default()
                 };
-                self.set(file, set).await;
+                Call::Setattr { ino: file, set }
             }
             PlanOp::Readlink { obj } => {
                 let ino = any(obj);
                 if self.table.borrow().special(ino) {
                     self.readlink(ino).await;
                 }
+                return;
             }
             PlanOp::Mknod { dir: d, name, kind } => {
                 let kinds = [0o010_000, 0o140_000, 0o020_000, 0o060_000];
-                let call = Call::Mknod {
+                Call::Mknod {
                     dir: dir(d),
                     name: file_name(name),
                     mode: kinds[usize::from(kind) % 4] | 0o666,
                     rdev: if kind % 4 < 2 { 0 } else { 0x0010_0003 },
-                };
-                self.call(call, None).await;
+                }
             }
-            PlanOp::Mkdir { dir: d, name } => {
-                let call = Call::Mkdir {
-                    dir: dir(d),
-                    name: file_name(name),
-                    mode: 0o777,
-                };
-                self.call(call, None).await;
-            }
+            PlanOp::Mkdir { dir: d, name } => Call::Mkdir {
+                dir: dir(d),
+                name: file_name(name),
+                mode: 0o777,
+            },
             PlanOp::Create {
                 dir: d,
                 name,
@@ -479,141 +474,134 @@ impl<P: Posix> Scene<P> {
                     mode: 0o666,
                     excl,
                 };
-                let (_, handle) = self.call(call, None).await;
-                if hold {
-                    self.hold(handle);
-                } else {
-                    self.release(handle).await;
-                }
+                return self.open(call, hold).await;
             }
             PlanOp::Tmpfile { dir: d } => {
                 let call = Call::Tmpfile {
                     dir: dir(d),
                     mode: 0o600,
                 };
-                let (_, handle) = self.call(call, None).await;
-                self.hold(handle);
+                return self.open(call, true).await;
             }
-            PlanOp::Symlink { dir: d, name, len } => {
-                let call = Call::Symlink {
-                    dir: dir(d),
-                    name: file_name(name),
-                    target: vec![b't'; usize::from(len)].into(),
-                };
-                self.call(call, None).await;
-            }
-            PlanOp::Unlink { dir: d, name } => {
-                let (dir, name) = (dir(d), file_name(name));
-                self.call(Call::Unlink { dir, name }, None).await;
-            }
-            PlanOp::Rmdir { dir: d, name } => {
-                let (dir, name) = (dir(d), file_name(name));
-                self.call(Call::Rmdir { dir, name }, None).await;
-            }
+            PlanOp::Symlink { dir: d, name, len } => Call::Symlink {
+                dir: dir(d),
+                name: file_name(name),
+                target: vec![b't'; usize::from(len)].into(),
+            },
+            PlanOp::Unlink { dir: d, name } => Call::Unlink {
+                dir: dir(d),
+                name: file_name(name),
+            },
+            PlanOp::Rmdir { dir: d, name } => Call::Rmdir {
+                dir: dir(d),
+                name: file_name(name),
+            },
             PlanOp::Rename {
                 dir: d,
                 name,
                 to,
                 new,
                 noreplace,
-            } => self.rename((dir(d), name), (dir(to), new), noreplace).await,
-            PlanOp::Link { dir: d, name, .. } => {
-                let call = Call::Link {
-                    ino: file,
-                    dir: dir(d),
-                    name: file_name(name),
-                };
-                self.call(call, None).await;
+            } => {
+                let (from, to) = ((dir(d), name), (dir(to), new));
+                return self.rename(from, to, noreplace).await;
             }
-            PlanOp::Open { .. } => {
-                let (_, handle) = self.call(Call::Open { ino: file }, None).await;
-                self.hold(handle);
-            }
-            PlanOp::Close { .. } => self.close(file).await,
-            PlanOp::Read { offset, len, .. } => {
-                let call = Call::Read {
-                    ino: file,
-                    offset,
-                    len,
-                };
-                self.with_file(file, call).await;
-            }
+            PlanOp::Link { dir: d, name, .. } => Call::Link {
+                ino: file,
+                dir: dir(d),
+                name: file_name(name),
+            },
+            PlanOp::Open { .. } => return self.open(Call::Open { ino: file }, true).await,
+            PlanOp::Close { .. } => return self.close(file).await,
+            PlanOp::Read { offset, len, .. } => Call::Read {
+                ino: file,
+                offset,
+                len,
+            },
             PlanOp::Write {
                 offset, len, sync, ..
-            } => {
-                let call = Call::Write {
-                    ino: file,
-                    offset,
-                    len,
-                    tag: self.desk.tag(),
-                    append: false,
-                    sync,
-                };
-                self.with_file(file, call).await;
-            }
-            PlanOp::Append { len, .. } => {
-                let call = Call::Write {
-                    ino: file,
-                    offset: 0,
-                    len: len.min(20_000),
-                    tag: self.desk.tag_of_append(),
-                    append: true,
-                    sync: false,
-                };
-                self.with_file(file, call).await;
-            }
-            PlanOp::Fsync { .. } => self.with_file(file, Call::Fsync { ino: file }).await,
-            PlanOp::Syncfs => self.sync().await,
+            } => Call::Write {
+                ino: file,
+                offset,
+                len,
+                tag: self.desk.tag(),
+                append: false,
+                sync,
+            },
+            PlanOp::Append { len, .. } => Call::Write {
+                ino: file,
+                offset: 0,
+                len: len.min(20_000),
+                tag: self.desk.tag_of_append(),
+                append: true,
+                sync: false,
+            },
+            PlanOp::Fsync { .. } => Call::Fsync { ino: file },
+            PlanOp::Syncfs => Call::Syncfs,
             PlanOp::Setxattr {
                 obj,
                 name,
                 len,
                 how,
-            } => self.setxattr(any(obj), name, len, how).await,
+            } => {
+                let ino = any(obj);
+                Call::Setxattr {
+                    ino,
+                    name: xattr_name(name, self.table.borrow().special(ino)),
+                    value: crate::model::pattern(self.desk.tag(), 0, u32::from(len)),
+                    how: [XattrSet::Any, XattrSet::Create, XattrSet::Replace][usize::from(how) % 3],
+                }
+            }
             PlanOp::Getxattr { obj, name } => {
                 let ino = any(obj);
                 let name = xattr_name(name, self.table.borrow().special(ino));
-                self.call(Call::Getxattr { ino, name }, None).await;
+                Call::Getxattr { ino, name }
             }
-            PlanOp::Listxattr { obj } => {
-                self.call(Call::Listxattr { ino: any(obj) }, None).await;
-            }
+            PlanOp::Listxattr { obj } => Call::Listxattr { ino: any(obj) },
             PlanOp::Removexattr { obj, name } => {
                 let ino = any(obj);
                 let name = xattr_name(name, self.table.borrow().special(ino));
-                self.call(Call::Removexattr { ino, name }, None).await;
+                Call::Removexattr { ino, name }
             }
-            PlanOp::Readdir { dir: d, .. } => {
-                self.call(Call::Readdir { ino: dir(d) }, None).await;
-            }
-            PlanOp::Statfs => {
-                self.call(Call::Statfs, None).await;
-            }
+            PlanOp::Readdir { dir: d, .. } => Call::Readdir { ino: dir(d) },
+            PlanOp::Statfs => Call::Statfs,
             PlanOp::Fallocate {
                 keep, offset, len, ..
-            } => {
-                let call = Call::Fallocate {
-                    ino: file,
-                    keep,
-                    offset,
-                    len,
-                };
-                self.with_file(file, call).await;
-            }
-            PlanOp::Seek { offset, hole, .. } => {
-                let call = Call::Seek {
-                    ino: file,
-                    offset,
-                    hole,
-                };
-                self.with_file(file, call).await;
-            }
-            PlanOp::Fiemap { .. } => {
-                self.call(Call::Fiemap { ino: file }, None).await;
-            }
-            PlanOp::Posix(ref op) => self.operate_posix(op).await,
-            PlanOp::Pause { micros } => self.desk.sim.sleep(u64::from(micros) * 1000).await,
-            PlanOp::Doom { requests } => self.desk.fate.doom(u64::from(requests)),
+            } => Call::Fallocate {
+                ino: file,
+                keep,
+                offset,
+                len,
+            },
+            PlanOp::Seek { offset, hole, .. } => Call::Seek {
+                ino: file,
+                offset,
+                hole,
+            },
+            PlanOp::Fiemap { .. } => Call::Fiemap { ino: file },
+            PlanOp::Posix(ref op) => return self.operate_posix(op).await,
+            PlanOp::Pause { micros } => return self.desk.sim.sleep(u64::from(micros) * 1000).await,
+            PlanOp::Doom { requests } => return self.desk.fate.doom(u64::from(requests)),
+        };
+        self.make(file, call).await;
+    }
+
+    /// Makes a call; if it needs an open file, through one of `file`.
+    pub(super) async fn make(&self, file: Ino, call: Call) {
+        if call.needs_open() {
+            self.with_file(file, call).await;
+        } else {
+            self.call(call, None).await;
+        }
+    }
+
+    /// Makes a call that opens a file, which is held open or closed again.
+    pub(super) async fn open(&self, call: Call, hold: bool) {
+        let (_, handle) = self.call(call, None).await;
+        if hold {
+            self.hold(handle);
+        } else {
+            self.release(handle).await;
         }
     }
 
@@ -657,16 +645,6 @@ impl<P: Posix> Scene<P> {
             to: to.0,
             new,
             noreplace,
-        };
-        self.call(call, None).await;
-    }
-
-    async fn setxattr(&self, ino: Ino, name: u8, len: u16, how: u8) {
-        let call = Call::Setxattr {
-            ino,
-            name: xattr_name(name, self.table.borrow().special(ino)),
-            value: crate::model::pattern(self.desk.tag(), 0, u32::from(len)),
-            how: [XattrSet::Any, XattrSet::Create, XattrSet::Replace][usize::from(how) % 3],
         };
         self.call(call, None).await;
     }

@@ -25,17 +25,24 @@ async fn record(env: &Env, kind: Kind, rid: u64, term: u64) {
     written.unwrap();
 }
 
-/// What is recorded in the old leader's slot, and when, in milliseconds; which mounts
-/// are fenced, and how long that took to be decided.
-fn fenced(events: &'static [(u64, Kind, u64, u64)]) -> (Vec<u64>, Duration) {
+/// What comes of fencing the leaders before, which takes how long and fences whom, for
+/// the leader of `slot`: `before` is recorded of the old leader in slot 1, and later what
+/// `events` say, in milliseconds. The agent knows already that `dead` are.
+fn decided(
+    slot: u16,
+    before: &[(Kind, u64)],
+    events: Vec<(u64, Kind, u64, u64)>,
+    dead: &[u64],
+) -> (Result<(), ServerError>, Vec<u64>, Duration) {
     let world: TestWorld = volume_of(7, 3);
     let env = world.env();
     let agent = Arc::new(Agent::default());
+    agent.gone.lock().unwrap().extend(dead);
     let config = ServerConfig {
         fsid: FSID,
         rid: 1000,
         term: TERM,
-        addr: addr(19700),
+        addr: addr(19700 + slot),
         policy: Policy::default(),
         block_policy: block_policy(),
         fence: agent.clone(),
@@ -43,27 +50,37 @@ fn fenced(events: &'static [(u64, Kind, u64, u64)]) -> (Vec<u64>, Duration) {
         reports: crate::server::ReportBoard::default(),
     };
     world.block_on(async {
-        for (kind, term) in [
-            (Kind::Begin, 1),
-            (Kind::Elect, OLD_TERM),
-            (Kind::Fence, OLD_TERM),
-        ] {
-            record(&env, kind, OLD, term).await;
+        for (kind, term) in before {
+            record(&env, *kind, OLD, *term).await;
         }
         let fences = Fences::new(&env, agent.clone(), config.policy.fence_timeout);
         let began = env.clock.now();
         let other = env.clone();
         let _writer = env.spawn("old leader", async move {
             for (ms, kind, rid, term) in events {
-                let at = began + Duration::from_millis(*ms);
+                let at = began + Duration::from_millis(ms);
                 other.clock.sleep_until(at).await;
-                record(&other, *kind, *rid, *term).await;
+                record(&other, kind, rid, term).await;
             }
         });
-        fence_leaders(&env, &config, &fences).await.unwrap();
+        let result = fence_leaders(&env, &config, &fences).await;
         let took = env.clock.now().since(began);
-        (agent.asked().iter().map(|r| r.rid).collect(), took)
+        let asked = agent.asked().iter().map(|r| r.rid).collect();
+        (result, asked, took)
     })
+}
+
+/// What is recorded in the slot of a leader of an earlier term, and when, in
+/// milliseconds; which mounts are fenced, and how long that took to be decided.
+fn fenced(events: &[(u64, Kind, u64, u64)]) -> (Vec<u64>, Duration) {
+    let before = [
+        (Kind::Begin, 1),
+        (Kind::Elect, OLD_TERM),
+        (Kind::Fence, OLD_TERM),
+    ];
+    let (result, asked, took) = decided(0, &before, events.to_vec(), &[]);
+    result.unwrap();
+    (asked, took)
 }
 
 #[test]
@@ -115,46 +132,14 @@ fn a_leader_whose_slot_another_mount_has_is_fenced_at_once() {
 /// What the leader of `slot` comes to if another of its term is in slot 1, which
 /// records these events, in milliseconds after it.
 fn twin(
-    slot: usize,
-    events: &'static [(u64, Kind)],
+    slot: u16,
+    events: &[(u64, Kind)],
     dead: &[u64],
 ) -> (Option<ServerError>, Vec<u64>, Duration) {
-    let world: TestWorld = volume_of(8, 3);
-    let env = world.env();
-    let agent = Arc::new(Agent::default());
-    agent.gone.lock().unwrap().extend(dead);
-    let config = ServerConfig {
-        fsid: FSID,
-        rid: 1000,
-        term: TERM,
-        addr: addr(19700 + slot as u16),
-        policy: Policy::default(),
-        block_policy: block_policy(),
-        fence: agent.clone(),
-        cluster_key: None,
-        reports: crate::server::ReportBoard::default(),
-    };
-    world.block_on(async {
-        record(&env, Kind::Begin, OLD, 1).await;
-        record(&env, Kind::Elect, OLD, TERM).await;
-        let fences = Fences::new(&env, agent.clone(), config.policy.fence_timeout);
-        let began = env.clock.now();
-        let other = env.clone();
-        let _writer = env.spawn("twin", async move {
-            for (ms, kind) in events {
-                let at = began + Duration::from_millis(*ms);
-                other.clock.sleep_until(at).await;
-                record(&other, *kind, OLD, TERM).await;
-            }
-        });
-        let result = fence_leaders(&env, &config, &fences).await;
-        let took = env.clock.now().since(began);
-        (
-            result.err(),
-            agent.asked().iter().map(|r| r.rid).collect(),
-            took,
-        )
-    })
+    let before = [(Kind::Begin, 1), (Kind::Elect, TERM)];
+    let events = events.iter().map(|(ms, kind)| (*ms, *kind, OLD, TERM));
+    let (result, asked, took) = decided(slot, &before, events.collect(), dead);
+    (result.err(), asked, took)
 }
 
 fn gave_way(result: &Option<ServerError>) -> bool {

@@ -5,11 +5,9 @@
 
 use super::{Cluster, System};
 use crate::backend::disk::Landed;
-use crate::disk_model::Medium;
+use crate::disk_model::Still;
 use outrider_core::client::Locator;
-use outrider_core::env::{
-    AlignedBuf, BlockDevice, DeviceError, DeviceRole, IoBuf, LocalBoxFuture, WriteFlags,
-};
+use outrider_core::env::{DeviceRole, IoBuf};
 use outrider_core::format::{QUORUM_BLKNO, QUORUM_MAX_SLOTS, SUPER_BLKNO, SuperBlock};
 use outrider_core::server::Policy;
 use std::future::Future;
@@ -40,37 +38,6 @@ pub(super) fn install<S: System>(world: &Rc<Cluster<S>>) {
 fn is_quorum_block(role: DeviceRole, offset: u64) -> bool {
     let slots = QUORUM_BLKNO..QUORUM_BLKNO + QUORUM_MAX_SLOTS as u64;
     role == DeviceRole::Meta && slots.contains(&(offset / SMALL_BLOCK))
-}
-
-/// What was on a device at one moment. Reads take no time and meet no fault.
-struct Still(Medium);
-
-impl BlockDevice for Still {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn read(
-        &self,
-        offset: u64,
-        mut buf: AlignedBuf,
-    ) -> LocalBoxFuture<'static, (AlignedBuf, Result<(), DeviceError>)> {
-        self.0.read(offset, &mut buf);
-        Box::pin(std::future::ready((buf, Ok(()))))
-    }
-
-    fn write(
-        &self,
-        _offset: u64,
-        _bufs: Vec<IoBuf>,
-        _flags: WriteFlags,
-    ) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
-        unreachable!("a look writes nothing")
-    }
-
-    fn flush(&self) -> LocalBoxFuture<'static, Result<(), DeviceError>> {
-        unreachable!("a look writes nothing")
-    }
 }
 
 /// The seq of a block's header (spec 01 section 2): of a super block one more with each
