@@ -239,9 +239,14 @@ impl Programs {
                 sys::linkat(sys::CWD, from, sys::CWD, to, AtFlags::empty())?;
                 self.entry(*dir, name)
             }
-            Call::Open { ino } => {
+            Call::Open { ino } | Call::OpenDirect { ino } | Call::OpenTrunc { ino } => {
                 let path = self.path(*ino)?;
-                let fd = sys::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+                let how = match step.call {
+                    Call::OpenDirect { .. } => OFlags::DIRECT,
+                    Call::OpenTrunc { .. } => OFlags::TRUNC,
+                    _ => OFlags::empty(),
+                };
+                let fd = sys::open(path, OFlags::RDWR | OFlags::CLOEXEC | how, Mode::empty())?;
                 self.opened(step, fd.into(), word)?;
                 Ok(Reply::Done)
             }

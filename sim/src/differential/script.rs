@@ -5,7 +5,7 @@
 //! have a name or are open, nothing is moved into itself. So the same script can be played
 //! on a filesystem behind a real kernel.
 
-use crate::model::{Call, ROOT, Reply, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, wall_time};
+use crate::model::{Call, ROOT, Reply, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, acl, wall_time};
 use crate::rng::Stream;
 use bytes::Bytes;
 use outrider_core::fs::api::{Ino, SetAttr, SetTime, XattrSet};
@@ -17,6 +17,7 @@ const NAMES: u64 = 14;
 const DIRS: usize = 7;
 /// Files grow up to about this.
 const LONG: u64 = 1 << 20;
+const BLOCK: u64 = 4096;
 /// Longest read and write.
 const PIECE: u64 = 70_000;
 /// How much of a file one read of the last look gets.
@@ -150,6 +151,9 @@ impl Author {
                 let size = &mut self.kinds.entry(*ino).or_insert((Kind::File, 0)).1;
                 *size = (*size).max(offset + u64::from(*len));
             }
+            (Call::OpenTrunc { ino }, _) => {
+                self.kinds.insert(*ino, (Kind::File, 0));
+            }
             (Call::Setattr { ino, .. }, Reply::Attr(attr)) => {
                 self.kinds.insert(*ino, (kind_of(attr.mode), attr.size));
             }
@@ -236,7 +240,7 @@ impl Author {
             _ => self.rng.below(LONG),
         };
         match self.rng.chance(400) {
-            true => place / 4096 * 4096,
+            true => place / BLOCK * BLOCK,
             false => place,
         }
     }
@@ -248,6 +252,27 @@ impl Author {
     fn new_file(&mut self) -> u32 {
         self.next_file += 1;
         self.next_file
+    }
+
+    /// Reads or writes whole blocks with `O_DIRECT`.
+    fn directly(&mut self, ino: Ino, offset: u64, len: u64) {
+        let len = len as u32;
+        self.tag += 1;
+        let call = match self.rng.chance(500) {
+            true => Call::Read { ino, offset, len },
+            false => Call::Write {
+                ino,
+                offset,
+                len,
+                tag: self.tag,
+                append: false,
+                sync: false,
+            },
+        };
+        let file = Some(self.new_file());
+        for call in [Call::OpenDirect { ino }, call, Call::Release { ino }] {
+            self.queue.push_back(Step { call, file });
+        }
     }
 
     /// Asks with the file open: one that is open anyhow, or opened for it.
@@ -266,7 +291,8 @@ impl Author {
 
     fn draw(&mut self) {
         let weights = [
-            12, 4, 2, 2, 3, 7, 3, 7, 18, 6, 10, 7, 5, 3, 2, 2, 6, 6, 6, 4, 3, 3, 2, 2, 1, 1, 2,
+            12, 4, 2, 2, 3, 7, 3, 7, 18, 6, 10, 7, 5, 3, 2, 2, 6, 6, 6, 4, 3, 3, 2, 2, 1, 1, 2, 8,
+            3, 6,
         ];
         let drawn = self.rng.weighted(&weights);
         let dir = self.dir();
@@ -331,6 +357,7 @@ impl Author {
                     });
                 }
             }
+            27 => self.acl(),
             of_file => {
                 if let Some(ino) = self.file() {
                     self.draw_of_file(of_file, ino, dir);
@@ -383,6 +410,13 @@ impl Author {
                 );
             }
             26 => self.with_file(ino, Call::Fsync { ino }),
+            28 => {
+                let file = Some(self.new_file());
+                for call in [Call::OpenTrunc { ino }, Call::Release { ino }] {
+                    self.queue.push_back(Step { call, file });
+                }
+            }
+            29 => self.directly(ino, offset / BLOCK * BLOCK, len.next_multiple_of(BLOCK)),
             _ => {
                 let hole = self.rng.chance(500);
                 self.with_file(ino, Call::Seek { ino, offset, hole });
@@ -492,6 +526,28 @@ impl Author {
             value,
             how,
         });
+    }
+
+    /// Sets, reads or removes an ACL. Where a kernel refuses one by itself (malformed, or
+    /// the default one of a file) none is drawn.
+    fn acl(&mut self) {
+        let default = self.rng.chance(400);
+        let ino = match default {
+            true => self.dir(),
+            false => self.any(),
+        };
+        let name = Bytes::from_static(if default { acl::DEFAULT } else { acl::ACCESS });
+        let call = match self.rng.below(4) {
+            0 => Call::Getxattr { ino, name },
+            1 => Call::Removexattr { ino, name },
+            _ => Call::Setxattr {
+                ino,
+                name,
+                value: acl::drawn(self.rng.below(11) as u8, self.rng.below(1 << 16) as u16),
+                how: XattrSet::Any,
+            },
+        };
+        self.push(call);
     }
 
     /// Looks at everything that can be seen, and closes what is open.
