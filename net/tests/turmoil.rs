@@ -233,7 +233,9 @@ async fn serve(
 struct Mount;
 
 impl Incoming for Mount {
-    fn lock_grant(&self, _lock: NetLock) {}
+    fn lock_grant(&self, _lock: NetLock) -> bool {
+        true
+    }
     fn lock_invalidate(&self, _lock: NetLock, _answer: Box<dyn FnOnce(NetLock)>) {}
     fn lock_recover(&self, _start: Key, _max: usize) -> Vec<NetLock> {
         Vec::new()

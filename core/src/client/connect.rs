@@ -46,6 +46,27 @@ enum ConnectError {
     Unexpected(NetCmd),
     #[error("message {0:?} of the server has a wrong length")]
     Length(NetCmd),
+    #[error(
+        "lock {} in mode {} was asked for, and {} in mode {} granted, of one held in mode {}",
+        Key::from(.asked.key), .asked.new_mode,
+        Key::from(.granted.key), .granted.new_mode, .granted.old_mode
+    )]
+    Grant { asked: NetLock, granted: NetLock },
+    #[error("the server at {server} broke the protocol: {what}")]
+    Broken {
+        server: SocketAddrV4,
+        what: Box<ConnectError>,
+    },
+}
+
+impl ConnectError {
+    /// Whether a correct server never gives reason for it.
+    fn is_breach(&self) -> bool {
+        matches!(
+            self,
+            Self::Frame(_) | Self::Unexpected(_) | Self::Length(_) | Self::Grant { .. }
+        )
+    }
 }
 
 /// Runs until the client is severed or has said farewell.
@@ -81,11 +102,16 @@ async fn reconnect_for_ever(inner: &Rc<Inner>) {
         inner.conn.borrow_mut().detach();
         // Ten attempts each second with one result need not fill the log.
         let why = ended.to_string();
-        if why != last || was_greeted {
+        let broken = matches!(ended, ConnectError::Broken { .. });
+        if why != last || was_greeted && !broken {
             notice = Notice::new(NOTICE);
         }
         if let Some(more) = notice.admit(inner.env.clock.now()) {
-            tracing::info!(%ended, more, "no connection to the server");
+            if broken {
+                tracing::error!(%ended, more, "the connection to the server is closed");
+            } else {
+                tracing::info!(%ended, more, "no connection to the server");
+            }
         }
         last = why;
         if matches!(
@@ -103,7 +129,9 @@ async fn reconnect_for_ever(inner: &Rc<Inner>) {
         if was_greeted {
             inner.detached.set(Some(inner.env.clock.now()));
             probe("client_reconnects");
-        } else {
+        }
+        // A server that does it again must not keep both ends busy.
+        if broken || !was_greeted {
             // Who was fenced is not let in again; the mount's end is near.
             let times = if inner.evicted.is_open() { 10 } else { 1 };
             inner.env.sleep(inner.config.backoff * times).await;
@@ -206,6 +234,10 @@ async fn talk(inner: &Rc<Inner>, addr: SocketAddrV4) -> ConnectError {
     } = stream;
     let reading = read_loop(inner, &mut *reader, &mut decoder);
     match race(reading, write_loop(inner, &mut *writer)).await {
+        Either::Left(error) if error.is_breach() => ConnectError::Broken {
+            server: addr,
+            what: Box::new(error),
+        },
         Either::Left(error) | Either::Right(error) => error,
     }
 }
@@ -312,7 +344,29 @@ fn dispatch(inner: &Rc<Inner>, frame: Frame) -> Result<(), ConnectError> {
     let incoming = incoming.expect("set before the task was started");
     match received {
         Received::Nothing => Ok(()),
-        Received::Response { id, cmd, body } => answered(inner, &*incoming, id, cmd, body),
+        Received::Response {
+            cmd: NetCmd::Lock,
+            asked,
+            body,
+            ..
+        } => {
+            let result = granted(&*incoming, &asked, body);
+            if result.is_err() {
+                probe("client_grant_refused");
+                // Who waits for the lock would wait for ever. Not sent before the next
+                // connection; a client that is severed or has left needs no lock.
+                let _ = inner.submit(NetCmd::Lock, &asked);
+            }
+            result
+        }
+        Received::Response { id, body, .. } => {
+            let waiter = inner.waiters.borrow_mut().remove(&id);
+            if let Some(waiter) = waiter {
+                // Nobody may wait any more.
+                let _ = waiter.send(body.map_err(ClientError::Server));
+            }
+            Ok(())
+        }
         Received::Request {
             epoch,
             id,
@@ -322,25 +376,20 @@ fn dispatch(inner: &Rc<Inner>, frame: Frame) -> Result<(), ConnectError> {
     }
 }
 
-/// An answer to an own request.
-fn answered(
-    inner: &Inner,
+/// The answer to a lock request.
+fn granted(
     incoming: &dyn Incoming,
-    id: u64,
-    cmd: NetCmd,
+    asked: &[u8],
     body: Result<Bytes, Errno>,
 ) -> Result<(), ConnectError> {
-    if cmd == NetCmd::Lock {
-        // A server never answers LOCK with an error (spec 08 section 8).
-        let grant = body.map_err(|_| ConnectError::Unexpected(cmd))?;
-        let grant = NetLock::read_from_bytes(&grant).map_err(|_| ConnectError::Length(cmd))?;
-        incoming.lock_grant(grant);
-        return Ok(());
-    }
-    let waiter = inner.waiters.borrow_mut().remove(&id);
-    if let Some(waiter) = waiter {
-        // Nobody may wait any more.
-        let _ = waiter.send(body.map_err(ClientError::Server));
+    // A server never answers LOCK with an error (spec 08 section 8).
+    let body = body.map_err(|_| ConnectError::Unexpected(NetCmd::Lock))?;
+    let granted =
+        NetLock::read_from_bytes(&body).map_err(|_| ConnectError::Length(NetCmd::Lock))?;
+    let asked = NetLock::read_from_bytes(asked).expect("as it was sent");
+    let fits = granted.key == asked.key && granted.new_mode == asked.new_mode;
+    if !fits || !incoming.lock_grant(granted) {
+        return Err(ConnectError::Grant { asked, granted });
     }
     Ok(())
 }

@@ -5,8 +5,12 @@
 //! What can go wrong: a request that is sent and never answered although a server
 //! lives. There is no timeout on requests; instead the connection is made again
 //! for ever, everything unanswered is sent again, and only [`Client::sever`]
-//! gives up. And a grant that is handled before the invalidation that came ahead
-//! of it: LOCK messages are handed over one by one as they arrive.
+//! gives up. A grant that is handled before the invalidation that came ahead of it:
+//! LOCK messages are handed over one by one as they arrive. And a grant that can not be
+//! right: its caller would wait for ever, as the request is answered. The connection is
+//! closed, as after any message that breaks the protocol, and the lock asked for again on
+//! the next one. What the server takes for granted it takes back then (spec 10 section 3:
+//! another mode of the same client is in the way of a request, too).
 
 mod connect;
 mod locate;
@@ -117,8 +121,9 @@ impl From<ClientError> for Errno {
 /// What a mount does with messages from the server. LOCK messages arrive in their
 /// order on the wire, synchronously: the handler must not wait.
 pub trait Incoming {
-    /// A lock was granted.
-    fn lock_grant(&self, lock: NetLock);
+    /// A lock was granted as it was asked for. `false` refuses the grant, which then
+    /// has changed nothing: the connection is closed, and the lock asked for again.
+    fn lock_grant(&self, lock: NetLock) -> bool;
     /// A lock is to be given back; answered whenever that is done.
     fn lock_invalidate(&self, lock: NetLock, answer: Box<dyn FnOnce(NetLock)>);
     /// The locks held from `start` on, in key order, at most `max` (lock recovery).

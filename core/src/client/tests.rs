@@ -236,13 +236,20 @@ impl World {
 struct Mount {
     invalidated: RefCell<Vec<u64>>,
     granted: RefCell<BTreeSet<u64>>,
+    /// So many grants are refused.
+    refuses: Cell<u32>,
     synced: Cell<u32>,
 }
 
 impl Incoming for Mount {
-    fn lock_grant(&self, lock: NetLock) {
+    fn lock_grant(&self, lock: NetLock) -> bool {
+        if let Some(left) = self.refuses.get().checked_sub(1) {
+            self.refuses.set(left);
+            return false;
+        }
         let fresh = self.granted.borrow_mut().insert(lock.write_seq.get());
         assert!(fresh, "granted twice");
+        true
     }
     fn lock_invalidate(&self, lock: NetLock, answer: Box<dyn FnOnce(NetLock)>) {
         self.invalidated.borrow_mut().push(lock.write_seq.get());
@@ -285,6 +292,8 @@ struct Server {
     expired: RefCell<Vec<u64>>,
     /// Requests are swallowed.
     mute: Cell<bool>,
+    /// What lock requests are answered with instead, the last one first.
+    lies: RefCell<Vec<Result<Bytes, Errno>>>,
 }
 
 impl Server {
@@ -301,6 +310,7 @@ impl Server {
             responses: RefCell::default(),
             expired: RefCell::default(),
             mute: Cell::new(false),
+            lies: RefCell::default(),
         }
     }
 
@@ -337,17 +347,17 @@ impl ServerHooks for Server {
             return;
         }
         let body = match origin.cmd {
-            NetCmd::GetLastSeq => Bytes::copy_from_slice(&origin.id.to_le_bytes()),
-            NetCmd::AllocInodes => Bytes::from_static(&[0; 16]),
-            NetCmd::Lock => payload,
-            _ => Bytes::new(),
+            NetCmd::GetLastSeq => Ok(Bytes::copy_from_slice(&origin.id.to_le_bytes())),
+            NetCmd::AllocInodes => Ok(Bytes::from_static(&[0; 16])),
+            NetCmd::Lock => self.lies.borrow_mut().pop().unwrap_or(Ok(payload)),
+            _ => Ok(Bytes::new()),
         };
         let pause = Duration::from_micros(self.entropy.range(0, 5000));
         let (conns, env) = (self.conns(), self.env.clone());
         self.env.spawn("handler", async move {
             env.sleep(pause).await;
             // The session may be gone with the client.
-            let _ = conns.respond(&origin, Ok(body));
+            let _ = conns.respond(&origin, body);
         });
     }
     fn response(
@@ -530,6 +540,71 @@ fn a_client_that_stays_away_is_reported_once_and_one_that_said_farewell_never() 
         assert_eq!(server.up(RID), 0);
         let late = server.conns().request(RID, NetCmd::Lock, Bytes::new());
         assert!(late.is_err());
+    });
+}
+
+#[test]
+fn a_lock_that_was_granted_otherwise_is_asked_for_again() {
+    let asked = NetLock {
+        key: Key::mounted_client(7).into(),
+        write_seq: 3.into(),
+        new_mode: 1,
+        ..NetLock::default()
+    };
+    let answer = |lock: NetLock| Ok(Bytes::copy_from_slice(lock.as_bytes()));
+    let other_mode = NetLock {
+        new_mode: 2,
+        ..asked
+    };
+    let other_key = NetLock {
+        key: Key::mounted_client(8).into(),
+        ..asked
+    };
+    let lies = [
+        Some(answer(other_mode)),
+        Some(answer(other_key)),
+        Some(Ok(Bytes::from_static(&[0; 5]))),
+        Some(Err(Errno::EIO)),
+        // Right as far as the client can see, but not for the mount.
+        None,
+    ];
+    for lie in lies {
+        let w = World::new(1);
+        let env = w.env();
+        w.world.block_on(async {
+            let server = w.server(1, 5).await;
+            let mount = Rc::new(Mount::default());
+            mount.refuses.set(u32::from(lie.is_none()));
+            server.lies.replace(lie.into_iter().collect());
+            let client = w.client(RID, &mount);
+            until(&env, "attached", || server.up(RID) == 1).await;
+            client.lock(&asked).expect("not severed");
+            until(&env, "granted", || mount.granted.borrow().contains(&3)).await;
+            assert_eq!(server.handled.borrow().len(), 2, "asked twice");
+            assert_eq!(server.greeted.borrow().len(), 2, "on two connections");
+            assert!(client.get_last_seq().await.is_ok());
+        });
+    }
+}
+
+#[test]
+fn a_server_that_grants_otherwise_for_ever_keeps_nobody_busy() {
+    let w = World::new(1);
+    let env = w.env();
+    w.world.block_on(async {
+        let server = w.server(1, 5).await;
+        let mount = Rc::new(Mount::default());
+        mount.refuses.set(u32::MAX);
+        let client = w.client(RID, &mount);
+        client.lock(&NetLock::default()).expect("not severed");
+        env.sleep(Duration::from_secs(2)).await;
+        let asked = server.handled.borrow().len();
+        assert!((2..=20).contains(&asked), "asked {asked} times");
+        // Another server leads, and does better.
+        let next = w.server(2, 6).await;
+        until(&env, "found", || next.up(RID) == 1).await;
+        mount.refuses.set(0);
+        until(&env, "granted", || !mount.granted.borrow().is_empty()).await;
     });
 }
 

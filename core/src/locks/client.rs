@@ -73,7 +73,8 @@ pub enum Granted {
     Applied,
     /// A cleanup runs; the grant waits for its end.
     Kept,
-    /// No request was pending: a broken server, whose message is dropped.
+    /// A broken server: no request was pending, or another one. Nothing changed, and
+    /// a request that was pending is to be made again.
     NotAsked,
 }
 
@@ -306,9 +307,12 @@ impl LockClient {
             lock.early_grant = Some(*msg);
             return Granted::Kept;
         }
-        // It would have us keep items that nobody else would ever take back.
-        let taken_for_gone = !Mode::from_wire(msg.old_mode).is_some_and(Mode::reads);
-        if lock.mode.reads() && mode.reads() && taken_for_gone {
+        // Only READ is raised; anything else is taken back before (section 3). Items
+        // would be left over from the old mode, or would be ours to keep though nobody
+        // would ever take them back.
+        let known = Mode::from_wire(msg.old_mode).is_some_and(Mode::reads);
+        let raised = lock.mode.reads() && mode.reads() && known;
+        if lock.mode != Mode::Null && !raised {
             return Granted::NotAsked;
         }
         lock.asked = None;
@@ -382,7 +386,10 @@ impl LockClient {
         if let Some(grant) = lock.early_grant.take() {
             // Its request is still under way.
             if self.grant(&grant, out) != Granted::Applied {
+                // Whoever waits is asked for again below, or when the next cleanup ends.
+                probe("lock_client.early_grant_refused");
                 tracing::error!(key = %Key::from(grant.key), "the server granted a lock that nobody has so");
+                self.lock_mut(slot).asked = None;
             }
         }
         let Some(lock) = self.slots[slot as usize].as_mut() else {

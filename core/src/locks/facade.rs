@@ -219,8 +219,9 @@ impl Locks {
         })
     }
 
-    /// A grant from the server, in the order of arrival.
-    pub fn on_grant(&self, msg: &NetLock) {
+    /// A grant from the server, in the order of arrival. `false`: it is not what was
+    /// asked for, and changed nothing; who waits for it still does.
+    pub fn on_grant(&self, msg: &NetLock) -> bool {
         let mut out = Vec::new();
         let granted = self.inner.brain.borrow_mut().grant(msg, &mut out);
         let range = Scope::from_start(&Key::from(msg.key)).map(Scope::range);
@@ -236,10 +237,8 @@ impl Locks {
                 range.start
             );
         }
-        if granted == Granted::NotAsked {
-            tracing::error!(key = %Key::from(msg.key), "the server granted a lock nobody asked for");
-        }
         self.inner.carry_out(out);
+        granted != Granted::NotAsked
     }
 
     /// An invalidation from the server, in the order of arrival.

@@ -760,6 +760,125 @@ fn a_grant_during_a_cleanup_waits_for_its_end() {
     assert_eq!(client.grant_of(id).0, Mode::Write);
 }
 
+/// What the server takes for granted, after a grant that was refused, is in the way of
+/// the request that follows, and is taken back. Unless it goes along with what is asked:
+/// then the next server helps, which hears what is really held.
+#[test]
+fn asking_again_helps_whatever_the_server_believes() {
+    use Mode::{Null, Read, Write, WriteOnly};
+    let scope = Scope::InodeGroup(0);
+    let key = scope.range().start;
+    let modes = [Null, Read, Write, WriteOnly];
+    let all = |held| modes.map(|believed| modes.map(|wanted| (held, believed, wanted)));
+    let cases = modes.map(all);
+    let mut stubborn = Vec::new();
+    for (held, believed, wanted) in cases.into_iter().flatten().flatten() {
+        if held.satisfies(wanted) || wanted == Null {
+            continue;
+        }
+        let mut seq = 10;
+        let mut next_seq = || {
+            seq += 1;
+            seq
+        };
+        let serve = |told: &[NetLock], next_seq: &mut dyn FnMut() -> u64| {
+            let mut server = LockServer::recovering([1]);
+            server.recover(1, told).expect("recovered");
+            server.recovered(1, next_seq, &mut Vec::new());
+            server
+        };
+        let told = net_lock(&key, 0, believed, believed);
+        let mut server = serve(&[told], &mut next_seq);
+        let mut down = Vec::new();
+        let mut client = LockClient::new(Policy::default());
+        let mut up = Vec::new();
+        if held != Null {
+            client.acquire(scope, held, false, 1, &mut up);
+            let grant = net_lock(&key, 1, Null, held);
+            assert_eq!(client.grant(&grant, &mut up), Granted::Applied);
+            let id = client.id_of(scope).expect("a held lock");
+            client.release(id, held, 1, &mut up);
+            up.clear();
+        }
+        client.acquire(scope, wanted, false, 2, &mut up);
+        let asked = net_lock(&key, 0, held, wanted);
+        let mut refused = 0;
+        let mut admitted = false;
+        while !up.is_empty() || !down.is_empty() {
+            for action in std::mem::take(&mut up) {
+                let taken = match action {
+                    ClientAction::Request(msg) => {
+                        server.request(1, 1, &msg, &mut next_seq, &mut down)
+                    }
+                    ClientAction::Respond(_, msg) => {
+                        server.response(1, &msg, &mut next_seq, &mut down)
+                    }
+                    ClientAction::Prepare(scope) => {
+                        assert!(client.lower(scope).is_some(), "nobody uses it");
+                        client.revoked(scope, &mut up);
+                        Ok(())
+                    }
+                    ClientAction::Admit(2) => {
+                        admitted = true;
+                        Ok(())
+                    }
+                    ClientAction::Admit(_) | ClientAction::Fits(_) => Ok(()),
+                };
+                assert_eq!(taken, Ok(()), "{held:?} {believed:?} {wanted:?}");
+            }
+            for action in std::mem::take(&mut down) {
+                match action {
+                    ServerAction::Invalidate { lock, .. } => client.invalidate(3, &lock, &mut up),
+                    ServerAction::Grant { lock, .. } => {
+                        if client.grant(&lock, &mut up) == Granted::NotAsked {
+                            refused += 1;
+                            assert!(refused < 4, "{held:?} {believed:?} {wanted:?}");
+                            if refused == 3 {
+                                stubborn.push((held, believed, wanted));
+                                server = serve(&client.recover(&Key::ZEROS, 9), &mut next_seq);
+                            }
+                            up.push(ClientAction::Request(asked));
+                        }
+                    }
+                }
+            }
+        }
+        assert!(admitted, "{held:?} {believed:?} {wanted:?}");
+    }
+    let without_a_conflict = [
+        (Read, WriteOnly, WriteOnly),
+        (Write, WriteOnly, WriteOnly),
+        (WriteOnly, Read, Read),
+    ];
+    assert_eq!(stubborn, without_a_conflict);
+}
+
+/// Such a grant is refused only when the cleanup has ended, and its request with it.
+#[test]
+fn a_kept_grant_that_is_refused_is_asked_for_again() {
+    let scope = Scope::InodeGroup(0);
+    let key = scope.range().start;
+    let mut client = LockClient::new(Policy::default());
+    let mut out = Vec::new();
+    client.acquire(scope, Mode::Write, false, 1, &mut out);
+    let write = net_lock(&key, 3, Mode::Null, Mode::Write);
+    assert_eq!(client.grant(&write, &mut out), Granted::Applied);
+    let id = client.id_of(scope).expect("a held lock");
+    client.release(id, Mode::Write, 1, &mut out);
+    client.invalidate(7, &net_lock(&key, 0, Mode::Write, Mode::Read), &mut out);
+    assert!(client.lower(scope).is_some());
+    client.acquire(scope, Mode::Write, false, 2, &mut out);
+    // READ is kept, which the server takes for gone.
+    assert_eq!(client.grant(&write, &mut out), Granted::Kept);
+    out.clear();
+    client.revoked(scope, &mut out);
+    let request = net_lock(&key, 0, Mode::Read, Mode::Write);
+    assert!(out.contains(&ClientAction::Request(request)), "{out:?}");
+    let better = net_lock(&key, 4, Mode::Read, Mode::Write);
+    assert_eq!(client.grant(&better, &mut out), Granted::Applied);
+    assert!(out.contains(&ClientAction::Admit(2)));
+}
+
 #[test]
 fn a_grant_that_nobody_asked_for_changes_nothing() {
     let scope = Scope::InodeGroup(0);

@@ -158,8 +158,8 @@ pub(super) struct Messages {
 }
 
 impl Incoming for Messages {
-    fn lock_grant(&self, lock: NetLock) {
-        self.locks.on_grant(&lock);
+    fn lock_grant(&self, lock: NetLock) -> bool {
+        self.locks.on_grant(&lock)
     }
 
     fn lock_invalidate(&self, lock: NetLock, answer: Box<dyn FnOnce(NetLock)>) {

@@ -58,6 +58,8 @@ pub enum Received {
         id: u64,
         /// Command.
         cmd: NetCmd,
+        /// Payload of the request.
+        asked: Bytes,
         /// Payload or error.
         body: Result<Bytes, Errno>,
     },
@@ -276,14 +278,13 @@ impl Conn {
         })
     }
 
-    fn retire(&mut self, seq: u64) {
-        let Some(message) = self.queue.remove(&seq) else {
-            return;
-        };
+    fn retire(&mut self, seq: u64) -> Option<Message> {
+        let message = self.queue.remove(&seq)?;
         self.kept -= message.size();
         if self.attached && seq > self.written {
             self.unsent -= message.size();
         }
+        Some(message)
     }
 
     /// Frees own responses that the peer has received, up to `acked`.
@@ -317,8 +318,14 @@ impl Conn {
             return match self.pending.get(&id) {
                 Some(&(asked, seq)) if asked == cmd => {
                     self.pending.remove(&id);
-                    self.retire(seq);
-                    Received::Response { id, cmd, body }
+                    let request = self.retire(seq);
+                    let asked = request.and_then(|request| request.body.ok());
+                    Received::Response {
+                        id,
+                        cmd,
+                        asked: asked.expect("a request is kept until its answer"),
+                        body,
+                    }
                 }
                 _ => {
                     probe("response_matches_nothing");

@@ -214,6 +214,11 @@ impl Fate {
         self.severed.is_open() || (!self.is_condemned() && gave_up())
     }
 
+    /// Whether it has given up by itself, or is to be severed, and has not ended yet.
+    pub(super) fn is_giving_up(&self) -> bool {
+        self.is_severed() && !self.is_dead() && !self.is_condemned()
+    }
+
     /// How to see that the mount has given up by itself.
     pub(super) fn gives_up_with(&self, gave_up: impl Fn() -> bool + 'static) {
         *self.gave_up.borrow_mut() = Some(Box::new(gave_up));

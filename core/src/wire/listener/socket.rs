@@ -307,7 +307,7 @@ fn dispatch(inner: &Inner, session: &Session, frame: Frame) -> Result<(), Socket
             hooks.request(origin, payload);
             Ok(())
         }
-        Received::Response { id, cmd, body } => hooks
+        Received::Response { id, cmd, body, .. } => hooks
             .response(session.rid, id, cmd, body)
             .map_err(|errno| SocketEnd::Protocol(cmd, errno)),
     }

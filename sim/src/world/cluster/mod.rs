@@ -291,6 +291,12 @@ impl<S: System> Cluster<S> {
             .collect()
     }
 
+    /// A mount that has given up by itself and whose process has not ended yet.
+    fn giving_up(&self) -> Option<Rc<Fate>> {
+        let fates = self.fates.borrow();
+        fates.iter().find(|fate| fate.is_giving_up()).cloned()
+    }
+
     /// A moment of quiet among `nodes`.
     async fn settle(
         self: &Rc<Self>,
@@ -343,6 +349,12 @@ impl<S: System> Cluster<S> {
     async fn judge(self: &Rc<Self>, round: &Round) -> Result<(), Violation> {
         let mut observer = usize::from(round.observer);
         loop {
+            // Its calls are open, or end with errors, until its process has ended; only
+            // then is it a death.
+            if let Some(fate) = self.giving_up() {
+                fate.died.wait().await;
+                continue;
+            }
             if self.deaths.borrow().is_empty() {
                 return self.oracle.borrow_mut().quiet();
             }
@@ -359,8 +371,8 @@ impl<S: System> Cluster<S> {
             let observed = self.observe(observer).await?;
             observer = (observer + 1) % self.machines.len();
             let Some(observed) = observed else { continue };
-            if self.deaths.borrow().len() > before {
-                continue; // Somebody died meanwhile: look again.
+            if self.deaths.borrow().len() > before || self.giving_up().is_some() {
+                continue; // Somebody died meanwhile, or is about to: look again.
             }
             let deaths = self.deaths.take();
             self.note(0, "judged", &[deaths.len() as u64], || {
@@ -524,10 +536,11 @@ impl<S: System> Cluster<S> {
         self.deaths.borrow_mut().push(Death { seat, at });
     }
 
-    /// Whatever is mounted there counts no more: it is broken for ever.
+    /// Whatever is mounted there counts no more: it is broken for ever. So does one that
+    /// has given up: nobody ends its process before everything is healed.
     fn abandon(&self, number: usize) {
         if let Some(seat) = self.machines[number].seat.borrow().clone()
-            && seat.is_well()
+            && (seat.is_well() || seat.fate.is_giving_up())
         {
             seat.fate.condemned.open();
             self.died(seat.fate.host.life.seat());
