@@ -41,6 +41,7 @@ use std::io;
 use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use thiserror::Error;
@@ -394,11 +395,17 @@ async fn serve(
     let give_up = Gate::default();
     let mut node = options.node_config(fence);
     node.cluster_key = key;
-    let mounting = Mount::start(&env, rid, node, notifier.clone(), &give_up);
-    let mount = match race(mounting, next_signal(&signals)).await {
+    let mut mounting = pin!(Mount::start(&env, rid, node, notifier.clone(), &give_up));
+    let mount = match race(mounting.as_mut(), next_signal(&signals)).await {
         Either::Left(mounted) => mounted?,
-        // The process ends: what waits with it is gone, as after a crash.
-        Either::Right(()) => return Err(MountError::GivenUp.into()),
+        Either::Right(()) => {
+            // Its actors have to end before the process can.
+            give_up.open();
+            if let Ok(mount) = mounting.await {
+                mount.force_unmount().await;
+            }
+            return Err(MountError::GivenUp.into());
+        }
     };
     show::show_state(&env, &mount, &shown, counters);
     let watchdog = Rc::new(RefCell::new(watchdog));

@@ -331,3 +331,28 @@ fn a_second_cluster_in_the_same_place_and_orders_to_nobody_are_refused() {
     assert_eq!(nobody.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&nobody.stderr).contains("no `outrider up --nodes` runs"));
 }
+
+/// A signal that comes before the mount is ready ends it as well, at whatever step it is.
+#[test]
+fn a_signal_while_it_starts_ends_it() {
+    if !can_mount() {
+        return;
+    }
+    for delay in (0..=200).step_by(20) {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let mut up = Up::start(dir.path(), &[]);
+        // Its signals are blocked, and wait to be read, once it holds the lock of the place.
+        let deadline = Instant::now() + PATIENCE;
+        while !dir.path().join("run/lock").exists() {
+            assert!(Instant::now() < deadline, "it does not start");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(delay));
+        // SAFETY: a signal to our own child, which was not waited for.
+        unsafe { libc::kill(up.child.id() as i32, libc::SIGTERM) };
+        while up.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "{delay} ms: it does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}

@@ -92,6 +92,7 @@ impl Fs {
         }
         drop(state);
         self.table.prune(ino);
+        self.data.still_buffered().map_err(FsError::Device)?;
         Ok(trim(pieces, offset % BLOCK, end - offset))
     }
 

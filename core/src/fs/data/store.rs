@@ -33,6 +33,8 @@ struct Shared {
     /// Written since the last flush that succeeded, in order.
     unflushed: RefCell<Unflushed>,
     changed: Signal,
+    /// What was dirty is forgotten: the device does not have what was written.
+    abandoned: Cell<bool>,
 }
 
 /// What a device may still lose: kept so that it can be written again after a
@@ -69,6 +71,7 @@ impl DataStore {
                 failed: RefCell::new(None),
                 unflushed: RefCell::default(),
                 changed: Signal::default(),
+                abandoned: Cell::new(false),
             }),
         }
     }
@@ -88,6 +91,17 @@ impl DataStore {
         let buf = AlignedBuf::to_fill((blocks * BLOCK) as usize);
         let (buf, result) = self.shared.device.read(blkno * BLOCK, buf).await;
         result.map(|()| Arc::new(buf))
+    }
+
+    /// For who has read, of buffered blocks too.
+    ///
+    /// # Errors
+    /// `Shut` once they are forgotten: what was read instead may be older.
+    pub(super) fn still_buffered(&self) -> Result<(), DeviceError> {
+        match self.shared.abandoned.get() {
+            true => Err(DeviceError::Shut),
+            false => Ok(()),
+        }
     }
 
     /// Starts a task of this actor.
@@ -130,6 +144,7 @@ impl DataStore {
 
     /// Forgets everything that is not on the device: forced unmount.
     pub fn abandon(&self) {
+        self.shared.abandoned.set(true);
         for state in std::mem::take(&mut *self.shared.dirty.borrow_mut()).into_values() {
             state.data.drop_from(0);
         }
