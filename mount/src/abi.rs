@@ -45,7 +45,6 @@ opcodes! {
 #[allow(missing_docs)] // the names are the kernel's
 pub mod init {
     pub const ASYNC_READ: u64 = 1 << 0;
-    pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub const EXPORT_SUPPORT: u64 = 1 << 4;
     pub const BIG_WRITES: u64 = 1 << 5;
     pub const DONT_MASK: u64 = 1 << 6;
@@ -94,8 +93,6 @@ pub mod fopen {
 pub const WRITE_CACHE: u32 = 1 << 0;
 /// `FUSE_WRITE_KILL_SUIDGID`.
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
-/// `FUSE_OPEN_KILL_SUIDGID`, with `O_TRUNC`.
-pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 /// `FUSE_FSYNC_FDATASYNC`.
 pub const FSYNC_FDATASYNC: u32 = 1 << 0;
 /// `FUSE_IOCTL_DIR` and the kinds that are not served: 32-bit callers.

@@ -433,8 +433,9 @@ fn negotiate(args: &abi::InitIn, flags2: u32, options: &SessionOptions) -> (Agre
     if offered & init::INIT_EXT != 0 {
         offered |= u64::from(flags2) << 32;
     }
-    let mut wanted = init::ATOMIC_O_TRUNC
-        | init::EXPORT_SUPPORT
+    // Not ATOMIC_O_TRUNC: the kernel would let `O_RDONLY | O_TRUNC` cut a program that runs,
+    // and only then say ETXTBSY. Without it a truncation is a request of its own.
+    let mut wanted = init::EXPORT_SUPPORT
         | init::BIG_WRITES
         | init::DONT_MASK
         | init::HAS_IOCTL_DIR

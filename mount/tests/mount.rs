@@ -291,6 +291,35 @@ fn large_and_direct_io_arrive_whole() {
     assert_eq!(fs::metadata(m.path("big")).unwrap().len(), 0);
 }
 
+/// A kernel that left the truncation to `OPEN` would cut it, and refuse only then.
+#[test]
+fn a_program_that_runs_is_not_cut() {
+    let Some(mount) = mount() else { return };
+    let program = mount.path("program");
+    fs::copy("/bin/sleep", &program).unwrap();
+    let size = fs::metadata(&program).unwrap().len();
+    let mut child = std::process::Command::new(&program)
+        .arg("60")
+        .spawn()
+        .unwrap();
+    for flags in [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR] {
+        // SAFETY: a path that ends in NUL.
+        let fd = unsafe { libc::open(c(&program).as_ptr(), flags | libc::O_TRUNC) };
+        assert_eq!(errno(check(fd)), libc::ETXTBSY);
+    }
+    assert_eq!(fs::metadata(&program).unwrap().len(), size);
+    assert!(child.try_wait().unwrap().is_none(), "it still runs");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Nobody runs it: now it may be cut.
+    fs::File::options()
+        .write(true)
+        .truncate(true)
+        .open(&program)
+        .unwrap();
+    assert_eq!(fs::metadata(&program).unwrap().len(), 0);
+}
+
 #[test]
 fn mappings_are_written_back() {
     let Some(m) = mount() else { return };

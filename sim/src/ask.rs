@@ -6,13 +6,12 @@ use bytes::Bytes;
 use outrider_core::env::AlignedBuf;
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{
-    Caller, DirEntry, Entry, Ino, Opened, Posix, Whence, WriteData, WriteHow,
+    Caller, DirEntry, Entry, Ino, Opened, Posix, SetAttr, Whence, WriteData, WriteHow,
 };
 
 const O_RDWR: u32 = 2;
 const O_CREAT: u32 = 0o100;
 const O_EXCL: u32 = 0o200;
-const O_TRUNC: u32 = 0o1000;
 const O_DIRECT: u32 = 0o40_000;
 /// `FALLOC_FL_KEEP_SIZE`.
 const KEEP_SIZE: u32 = 1;
@@ -95,13 +94,23 @@ pub async fn ask<P: Posix>(
             let (entry, opened) = fs.tmpfile(cx, *dir, *mode, UMASK, O_RDWR).await?;
             return Ok(Answer::Created(entry, opened));
         }
-        Call::Open { ino } | Call::OpenDirect { ino } | Call::OpenTrunc { ino } => {
-            let flags = match call {
-                Call::OpenDirect { .. } => O_DIRECT,
-                Call::OpenTrunc { .. } => O_TRUNC,
-                _ => 0,
+        Call::Open { ino } | Call::OpenDirect { ino } => {
+            let direct = matches!(call, Call::OpenDirect { .. });
+            let flags = O_RDWR | if direct { O_DIRECT } else { 0 };
+            let opened = fs.open(cx, *ino, flags).await?;
+            return Ok(Answer::Opened(*ino, opened));
+        }
+        // A kernel opens first, and then cuts.
+        Call::OpenTrunc { ino } => {
+            let opened = fs.open(cx, *ino, O_RDWR).await?;
+            let set = SetAttr {
+                size: Some(0),
+                ..SetAttr::default()
             };
-            let opened = fs.open(cx, *ino, O_RDWR | flags).await?;
+            if let Err(error) = fs.setattr(cx, *ino, &set).await {
+                fs.release(*ino, opened.fh).await;
+                return Err(error);
+            }
             return Ok(Answer::Opened(*ino, opened));
         }
         Call::Release { ino } => {

@@ -20,8 +20,6 @@ use std::rc::Rc;
 
 /// `O_DIRECT`.
 const O_DIRECT: u32 = 0o40_000;
-/// `O_TRUNC`.
-const O_TRUNC: u32 = 0o1000;
 
 /// The ways in which the reference can be wrong.
 pub const FLAWS: [&str; 13] = [
@@ -448,10 +446,9 @@ impl Posix for Reference {
 
     async fn open(&self, _: &Caller, ino: Ino, flags: u32) -> Result<Opened, Errno> {
         let direct_io = flags & O_DIRECT != 0;
-        self.run(match (direct_io, flags & O_TRUNC != 0) {
-            (true, _) => Call::OpenDirect { ino },
-            (false, true) => Call::OpenTrunc { ino },
-            (false, false) => Call::Open { ino },
+        self.run(match direct_io {
+            true => Call::OpenDirect { ino },
+            false => Call::Open { ino },
         })
         .await?;
         let opened = self.open_handle();

@@ -278,7 +278,8 @@ pub trait Posix {
         new_parent: Ino,
         new_name: &[u8],
     ) -> Result<Entry, Errno>;
-    /// Opens a file; `flags` are `O_*` bits.
+    /// Opens a file; `flags` are `O_*` bits, without `O_TRUNC`: that comes as a
+    /// truncation of its own.
     async fn open(&self, cx: &Caller, ino: Ino, flags: u32) -> Result<Opened, Errno>;
     /// Creates and opens a file in one step (opens it if it exists and `O_EXCL` is not set).
     async fn create(

@@ -74,7 +74,7 @@ impl Fs {
         }
     }
 
-    async fn do_open(&self, cx: &Caller, ino: Ino, flags: u32, dir: bool) -> FsResult<Opened> {
+    async fn do_open(&self, ino: Ino, flags: u32, dir: bool) -> FsResult<Opened> {
         {
             let locked = self.lock_inodes(&[ino], mode_to_open(flags)).await?;
             // A deletion has the inode alone: the bit is set before or after it.
@@ -88,15 +88,7 @@ impl Fs {
             }
             self.table.open(ino, dirties(flags));
         }
-        let opened = self.opened(flags);
-        if flags & O_TRUNC != 0
-            && !dir
-            && let Err(error) = self.cut_opened(cx, ino).await
-        {
-            self.do_release(ino, opened.fh).await;
-            return Err(error);
-        }
-        Ok(opened)
+        Ok(self.opened(flags))
     }
 
     async fn do_release(&self, ino: Ino, fh: u64) {
@@ -197,7 +189,8 @@ impl Fs {
         Ok((entry, opened))
     }
 
-    /// `O_TRUNC` of a file that was just opened.
+    /// `O_TRUNC` of a file that was there when the kernel thought to create it. (Of one that
+    /// it knows it truncates by a request of its own.)
     async fn cut_opened(&self, cx: &Caller, ino: Ino) -> FsResult<Attr> {
         let set = SetAttr {
             size: Some(0),
@@ -327,8 +320,8 @@ impl Posix for Fs {
         Ok(self.entry(&inode, before))
     }
 
-    async fn open(&self, cx: &Caller, ino: Ino, flags: u32) -> Result<Opened, Errno> {
-        Ok(self.do_open(cx, ino, flags, false).await?)
+    async fn open(&self, _cx: &Caller, ino: Ino, flags: u32) -> Result<Opened, Errno> {
+        Ok(self.do_open(ino, flags, false).await?)
     }
 
     async fn create(
@@ -435,8 +428,8 @@ impl Posix for Fs {
             .await?)
     }
 
-    async fn opendir(&self, cx: &Caller, ino: Ino, _flags: u32) -> Result<Opened, Errno> {
-        Ok(self.do_open(cx, ino, 0, true).await?)
+    async fn opendir(&self, _cx: &Caller, ino: Ino, _flags: u32) -> Result<Opened, Errno> {
+        Ok(self.do_open(ino, 0, true).await?)
     }
 
     async fn readdir(
