@@ -97,6 +97,7 @@ async fn reconnect_for_ever(inner: &Rc<Inner>) {
         if farewell_done(inner).await {
             return;
         }
+        let began = inner.env.clock.now();
         let ended = attempt(inner).await;
         let was_greeted = inner.conn.borrow().is_attached();
         inner.conn.borrow_mut().detach();
@@ -130,8 +131,9 @@ async fn reconnect_for_ever(inner: &Rc<Inner>) {
             inner.detached.set(Some(inner.env.clock.now()));
             probe("client_reconnects");
         }
-        // A server that does it again must not keep both ends busy.
-        if broken || !was_greeted {
+        // One that ends as soon as it is made, again and again, must not keep both ends busy.
+        let short = inner.env.clock.now() < began + inner.config.backoff;
+        if short || !was_greeted {
             // Who was fenced is not let in again; the mount's end is near.
             let times = if inner.evicted.is_open() { 10 } else { 1 };
             inner.env.sleep(inner.config.backoff * times).await;

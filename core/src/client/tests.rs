@@ -608,6 +608,29 @@ fn a_server_that_grants_otherwise_for_ever_keeps_nobody_busy() {
     });
 }
 
+/// As one does that takes each of this client's messages for a breach.
+#[test]
+fn a_server_that_closes_every_connection_keeps_nobody_busy() {
+    let w = World::new(1);
+    let env = w.env();
+    w.world.block_on(async {
+        let server = w.server(1, 5).await;
+        let mount = Rc::new(Mount::default());
+        let client = w.client(RID, &mount);
+        let end = env.clock.now() + Duration::from_secs(2);
+        while env.clock.now() < end {
+            if server.up(RID) == 1 {
+                server.conns().break_connection(RID);
+            }
+            env.sleep(Duration::from_millis(1)).await;
+        }
+        let greeted = server.greeted.borrow().len();
+        assert!((2..=25).contains(&greeted), "greeted {greeted} times");
+        until(&env, "there", || server.up(RID) == 1).await;
+        assert!(client.get_last_seq().await.is_ok());
+    });
+}
+
 #[test]
 fn a_severed_client_gives_up_what_waits() {
     let w = World::new(1);
