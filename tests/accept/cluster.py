@@ -131,8 +131,13 @@ class Cluster:
         raise FileNotFoundError(f"the runtime directory of mount {node}")
 
     def shown(self, node, name):
-        """What a file of a mount's runtime directory says."""
-        with open(os.path.join(self.shown_dir(node), name)) as f:
+        """What a file of a mount's runtime directory says.
+
+        Counters come a moment after the mount: a thread of their own writes them.
+        """
+        path = os.path.join(self.shown_dir(node), name)
+        wait_until(lambda: os.path.exists(path), 10, path)
+        with open(path) as f:
             return f.read()
 
     def rid(self, node):
