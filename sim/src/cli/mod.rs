@@ -1,6 +1,8 @@
 //! The command line. Exit codes: 0 clean, 1 failures found, 2 could not run.
 
+mod commit;
 mod cost;
+mod diff;
 mod differential;
 mod explain;
 mod explore;
@@ -48,8 +50,8 @@ enum Command {
     Replay(replay::Args),
     /// Make a page of a run, to look at.
     Show(show::Args),
-    /// Find the first event in which two runs differ.
-    Diff(show::DiffArgs),
+    /// Find the first event in which two runs differ, or this program and another commit's.
+    Diff(diff::Args),
     /// Find the moment at which a failure became inevitable.
     Explain(explain::Args),
     /// Make a failing world small.
@@ -110,27 +112,34 @@ pub struct Way {
 }
 
 impl Drawing {
+    /// The arguments that say the same.
+    fn arguments(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        if let Some(profile) = &self.profile {
+            all.extend(["--profile".to_owned(), profile.clone()]);
+        }
+        for text in &self.set {
+            all.extend(["--set".to_owned(), text.clone()]);
+        }
+        if self.stress {
+            all.push("--stress".to_owned());
+        }
+        all
+    }
+
     fn read(&self) -> Result<Way, String> {
         let mut tuning = match &self.profile {
             Some(name) => Tuning::load(name)?,
             None => Tuning::default(),
         };
-        let mut flags = String::new();
-        if let Some(profile) = &self.profile {
-            flags += &format!(" --profile {profile}");
-        }
         for text in &self.set {
             tuning.set(text)?;
-            flags += &format!(" --set {text}");
         }
-        if self.stress {
-            flags += " --stress";
-        }
-        let stress = self.stress;
+        let arguments = self.arguments();
         Ok(Way {
             tuning,
-            stress,
-            flags,
+            stress: self.stress,
+            flags: arguments.iter().map(|text| format!(" {text}")).collect(),
         })
     }
 }
@@ -223,7 +232,7 @@ pub fn main() -> ExitCode {
     let result = match args.command {
         Command::Sweep(args) => sweep::run(&args),
         Command::Replay(args) => replay::run(&args),
-        Command::Diff(args) => show::diff(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::Show(args) => show::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Shrink(args) => shrink::run(&args),

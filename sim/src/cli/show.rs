@@ -1,4 +1,4 @@
-//! A run as a page, or for the Perfetto trace viewer; the first difference of two.
+//! A run as a page, or for the Perfetto trace viewer.
 
 use super::{Drawn, planted};
 use outrider_sim::case::Case;
@@ -79,60 +79,4 @@ pub fn run(args: &Args) -> Result<bool, String> {
         }
     );
     Ok(true)
-}
-
-#[derive(clap::Args)]
-#[command(after_help = "Examples:\n  \
-    outrider-sim diff small.json smaller.json\n  \
-    outrider-sim diff small.json small.json --without-mutant\n\n\
-    Exit code 0: they do the same; 1: they differ.")]
-pub struct DiffArgs {
-    /// A seed, or a file with a plan.
-    one: String,
-    /// Another one.
-    other: String,
-    #[command(flatten)]
-    drawn: Drawn,
-    /// Switch the planted bug of the other one off: what does the bug change first?
-    #[arg(long)]
-    without_mutant: bool,
-    /// How many events to show before and after.
-    #[arg(long, default_value_t = 8)]
-    context: usize,
-}
-
-/// Runs the command `diff`.
-pub fn diff(args: &DiffArgs) -> Result<bool, String> {
-    let (one, mut other) = (args.drawn.case(&args.one)?, args.drawn.case(&args.other)?);
-    if args.without_mutant {
-        other.mutant = None;
-    }
-    let (ended, left) = record(&one)?;
-    let (other_ended, right) = record(&other)?;
-    let pairs = left.iter().zip(&right);
-    let same = pairs.take_while(|(left, right)| left == right).count();
-    if same == left.len() && same == right.len() {
-        println!("{same} events, all the same");
-        return Ok(true);
-    }
-    for event in &left[same.saturating_sub(args.context)..same] {
-        println!("  {}", event.line());
-    }
-    for (sign, events) in [('-', &left), ('+', &right)] {
-        for event in events.iter().skip(same).take(args.context) {
-            println!("{sign} {}", event.line());
-        }
-    }
-    println!(
-        "the first {same} events are the same, of {} and {}",
-        left.len(),
-        right.len()
-    );
-    for (sign, outcome) in [('-', ended), ('+', other_ended)] {
-        match outcome.failure {
-            Some(failure) => println!("{sign} FAILED ({}): {}", failure.kind, failure.text),
-            None => println!("{sign} no failure"),
-        }
-    }
-    Ok(false)
 }
