@@ -2,6 +2,7 @@
 //! mount needs of its host.
 //!
 //! * [`session`] reads requests and polls each one's future once in place;
+//! * `caller` writes into the memory of who waits for an ioctl;
 //! * [`notify`] tells the kernel what to forget;
 //! * [`kernel`] makes and ends the mount;
 //! * [`options`] are what a mount is told;
@@ -21,6 +22,7 @@
 
 pub mod abi;
 pub mod asking;
+mod caller;
 pub mod counters;
 pub mod daemon;
 pub mod fence;

@@ -11,7 +11,9 @@ use crate::request::{Op, Request, forgets};
 use crate::session::Session;
 use bytes::Bytes;
 use outrider_core::errno::Errno;
-use outrider_core::fs::api::{Caller, Entry, Opened, Posix, Whence, WriteData, WriteHow, XattrSet};
+use outrider_core::fs::api::{
+    Archive, Caller, Entry, Opened, Posix, Whence, WriteData, WriteHow, XattrSet,
+};
 use std::rc::Rc;
 use zerocopy::{Immutable, IntoBytes};
 
@@ -99,7 +101,7 @@ impl Reply {
 }
 
 /// Starts every kind of request but WRITE.
-pub(crate) fn dispatch<P: Posix + 'static>(
+pub(crate) fn dispatch<P: Posix + Archive + 'static>(
     session: &Rc<Session>,
     posix: &Rc<P>,
     request: &Request<'_>,
@@ -372,7 +374,7 @@ fn sized(reply: &Reply, size: u32, value: Result<Bytes, Errno>) {
 }
 
 /// Requests about open files and directories.
-fn files<P: Posix + 'static>(
+fn files<P: Posix + Archive + 'static>(
     session: &Rc<Session>,
     posix: &Rc<P>,
     request: &Request<'_>,
@@ -458,9 +460,20 @@ fn files<P: Posix + 'static>(
         }
         Op::Ioctl { args, data } => {
             let data = data.to_vec();
+            let caller = crate::caller::Caller {
+                session: Rc::clone(session),
+                unique: header.unique,
+                pid: header.pid,
+            };
             session.start(header, async move {
-                match ioctl::serve(&*posix, &cx, ino, &args, &data).await {
-                    Ok(out) => reply.parts(&[abi::IoctlOut::default().as_bytes(), &out]),
+                match ioctl::serve(&*posix, &cx, &caller, ino, &args, &data).await {
+                    Ok((result, out)) => {
+                        let head = abi::IoctlOut {
+                            result,
+                            ..abi::IoctlOut::default()
+                        };
+                        reply.parts(&[head.as_bytes(), &out])
+                    }
                     Err(errno) => reply.err(errno),
                 };
             });

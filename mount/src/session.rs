@@ -18,10 +18,10 @@ use crate::serve;
 use bytes::Bytes;
 use outrider_core::env::{ALIGN, AlignedBuf, Gate, Signal, Task};
 use outrider_core::errno::Errno;
-use outrider_core::fs::api::{Posix, WriteData};
+use outrider_core::fs::api::{Archive, Posix, WriteData};
 use outrider_disk::{Reactor, spawn_polled};
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
@@ -113,6 +113,8 @@ pub struct Session {
     agreed: Cell<Agreed>,
     ready: Gate,
     parked: RefCell<HashMap<u64, Parked>>,
+    /// Requests whose callers must go on waiting: see [`Session::hold`].
+    held: RefCell<HashSet<u64>>,
     drained: Signal,
     gone: Cell<bool>,
     destroyed: Cell<bool>,
@@ -139,6 +141,7 @@ impl Session {
             agreed: Cell::default(),
             ready: Gate::default(),
             parked: RefCell::default(),
+            held: RefCell::default(),
             drained: Signal::default(),
             gone: Cell::new(false),
             destroyed: Cell::new(false),
@@ -175,7 +178,10 @@ impl Session {
     ///
     /// # Errors
     /// What reading the device failed with, other than its end.
-    pub async fn run<P: Posix + 'static>(self: &Rc<Self>, posix: Rc<P>) -> io::Result<Ended> {
+    pub async fn run<P: Posix + Archive + 'static>(
+        self: &Rc<Self>,
+        posix: Rc<P>,
+    ) -> io::Result<Ended> {
         let reactor = Reactor::current();
         let mut buf = None;
         // Rounds in a row that found one request and no second.
@@ -239,7 +245,7 @@ impl Session {
         Ok(rustix::io::read(&*self.fd, &mut space[START..])?)
     }
 
-    fn serve<P: Posix + 'static>(
+    fn serve<P: Posix + Archive + 'static>(
         self: &Rc<Self>,
         posix: &Rc<P>,
         buf: &mut Option<AlignedBuf>,
@@ -370,7 +376,8 @@ impl Session {
         let Some(entry) = parked.get_mut(&unique) else {
             return;
         };
-        if entry.detached || !changes_nothing(entry.opcode) {
+        let stays = !changes_nothing(entry.opcode) || self.held.borrow().contains(&unique);
+        if entry.detached || stays {
             tracing::debug!(unique, op = op::name(entry.opcode), "interrupted: runs on");
             return;
         }
@@ -378,6 +385,17 @@ impl Session {
         tracing::debug!(unique, op = op::name(entry.opcode), "interrupted");
         drop(parked);
         self.send(unique, Err(Errno::EINTR), &[]);
+    }
+
+    /// Lets the caller of a request wait even if it is interrupted, until what is given
+    /// here is dropped: its memory is about to be used. `None` if it waits no more.
+    pub(crate) fn hold(self: &Rc<Self>, unique: u64) -> Option<Held> {
+        let parked = self.parked.borrow();
+        if self.gone.get() || parked.get(&unique).is_some_and(|entry| entry.detached) {
+            return None;
+        }
+        self.held.borrow_mut().insert(unique);
+        Some(Held(Rc::clone(self), unique))
     }
 
     /// The kernel says goodbye (block device mounts only).
@@ -415,6 +433,15 @@ impl Session {
         );
         self.answer(unique, Ok(()), &[out.as_bytes()]);
         self.ready.open();
+    }
+}
+
+/// A request whose caller stays where it is, whatever signals it gets.
+pub(crate) struct Held(Rc<Session>, u64);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.held.borrow_mut().remove(&self.1);
     }
 }
 

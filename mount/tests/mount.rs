@@ -13,7 +13,7 @@ mod memfs;
 
 use memfs::MemFs;
 use outrider_core::env::{Datagram, Duration, Listener, LocalBoxFuture, NetError, Network, Stream};
-use outrider_core::fs::api::{Inval, KernelCache};
+use outrider_core::fs::api::{IndexEntry, InodeIndex, Inval, KernelCache};
 use outrider_disk::{IoConfig, Runtime, RuntimeConfig};
 use outrider_mount::kernel::{self, KernelOptions, Unmount};
 use outrider_mount::{Ended, Notifier, Session, SessionOptions, ioctl};
@@ -632,7 +632,8 @@ fn ioctls_of_ours_and_of_others() {
     assert_eq!(extents.len(), 250);
     assert_eq!(extents[249].physical, 256 * 4096);
     assert_eq!(ioctl::fiemap(&f, 100 * 4096).unwrap().len(), 150);
-    for command in [0x8038_E805u64, 0x5401, 0xE8C5] {
+    // STAT_MORE of another size is another ioctl.
+    for command in [0x8040_E805u64, 0x5401, 0xE8C5] {
         let mut arg = [0u8; 256];
         // SAFETY: a buffer as large as any of the commands says.
         let res = unsafe { libc::ioctl(f.as_raw_fd(), command as _, arg.as_mut_ptr()) };
@@ -640,6 +641,169 @@ fn ioctls_of_ours_and_of_others() {
     }
     let tmp = tempfile::tempfile().unwrap();
     assert!(ioctl::sync(&tmp).is_err());
+}
+
+/// Memory of whole pages.
+struct Mapping(*mut libc::c_void, usize);
+
+impl Mapping {
+    /// Of a file, or of nothing.
+    fn new(file: Option<&File>, len: usize) -> Self {
+        let (kind, fd) = match file {
+            Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        };
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping, unmapped once.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, rights, kind, fd, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        Self(at, len)
+    }
+
+    fn at(&self) -> u64 {
+        self.0 as u64
+    }
+
+    /// Takes the rights to what is behind `from`, which nobody here uses.
+    fn forbid(&self, from: usize) {
+        // SAFETY: within the mapping.
+        let taken =
+            unsafe { libc::mprotect(self.0.byte_add(from), self.1 - from, libc::PROT_NONE) };
+        check(taken).unwrap();
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: its own mapping.
+        check(unsafe { libc::munmap(self.0, self.1) }).unwrap();
+    }
+}
+
+/// Lets SIGUSR1 interrupt system calls, and do nothing else.
+fn interruptible() {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: a handler that does nothing.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as *const () as usize;
+        check(libc::sigaction(
+            libc::SIGUSR1,
+            &raw const action,
+            std::ptr::null_mut(),
+        ))
+        .unwrap();
+    }
+}
+
+/// WALK_INODES as a program in C makes it.
+fn walk(file: &File, args: &ioctl::WalkInodes) -> std::io::Result<i64> {
+    // SAFETY: the struct is as large as the command says; what it points to is the
+    // kernel's to check.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), ioctl::WALK_INODES as _, args) })
+}
+
+#[test]
+fn walks_write_into_the_caller_s_memory() {
+    let Some(m) = mount() else { return };
+    let dir = File::open(m.dir.path()).unwrap();
+    let (first, last) = (IndexEntry::default(), IndexEntry::LAST);
+    let mut into = vec![ioctl::WalkEntry::default(); 20_000];
+    let count = memfs::INDEXED as usize;
+    let given = ioctl::walk_inodes(&dir, InodeIndex::MetaSeq, first, last, &mut into).unwrap();
+    assert_eq!(given, count);
+    for (entry, ino) in into[..given].iter().zip(1..) {
+        assert_eq!((entry.major, entry.ino, entry.minor), (2 * ino, ino, 0));
+    }
+    assert_eq!(into[given].ino, 0, "nothing behind them");
+    let from = IndexEntry { major: 7, ino: 9 };
+    let to = IndexEntry { major: 12, ino: 6 };
+    let given = ioctl::walk_inodes(&dir, InodeIndex::DataSeq, from, to, &mut into).unwrap();
+    assert_eq!((given, into[0].ino, into[2].ino), (3, 4, 6));
+    let given = ioctl::walk_inodes(&dir, InodeIndex::DataSeq, first, last, &mut into[..5000]);
+    assert_eq!(given.unwrap(), 5000);
+    let file = File::create(m.path("f")).unwrap();
+    let args = |entries_ptr, nr_entries, index| ioctl::WalkInodes {
+        last: last.into(),
+        entries_ptr,
+        nr_entries,
+        index,
+        pad: [7; 11],
+        ..ioctl::WalkInodes::default()
+    };
+    let place = into.as_mut_ptr() as u64;
+    assert_eq!(walk(&file, &args(place, 3, 0)).unwrap(), 3);
+    assert_eq!(walk(&file, &args(place, 0, 0)).unwrap(), 0);
+    assert_eq!(errno(walk(&file, &args(place, 3, 2))), libc::EINVAL);
+    for bad in [0, 8, 1 << 60, u64::MAX - 16] {
+        assert_eq!(
+            errno(walk(&file, &args(bad, 3, 0))),
+            libc::EFAULT,
+            "{bad:x}"
+        );
+    }
+    // It ends in the middle of what is not there.
+    let pages = Mapping::new(None, 8192);
+    pages.forbid(4096);
+    assert_eq!(errno(walk(&file, &args(pages.at(), 200, 0))), libc::EFAULT);
+    // Memory that is a file of this very mount.
+    file.set_len(100 * 4096).unwrap();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(m.path("f"))
+        .unwrap();
+    let pages = Mapping::new(Some(&file), 100 * 4096);
+    assert_eq!(walk(&file, &args(pages.at(), 17_000, 1)).unwrap(), 10_000);
+    drop(pages);
+    file.sync_all().unwrap();
+    let bytes = fs::read(m.path("f")).unwrap();
+    assert_eq!(bytes[24 * 9_999..][..8], 20_000u64.to_ne_bytes());
+}
+
+#[test]
+fn an_interrupted_walk_writes_nothing() {
+    let Some(m) = mount() else { return };
+    let dir = File::open(m.dir.path()).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    let waiting = std::thread::spawn(move || {
+        interruptible();
+        // SAFETY: it names this thread.
+        tell.send(unsafe { libc::pthread_self() } as usize).unwrap();
+        let mut into = vec![ioctl::WalkEntry::default(); 10];
+        let given = ioctl::walk_inodes(
+            &dir,
+            InodeIndex::MetaSeq,
+            IndexEntry {
+                major: u64::MAX,
+                ino: 0,
+            },
+            IndexEntry::LAST,
+            &mut into,
+        );
+        errno(given.map(|given| given as i32))
+    });
+    let thread = told.recv().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    // SAFETY: the thread has not been joined.
+    unsafe { libc::pthread_kill(thread as _, libc::SIGUSR1) };
+    assert_eq!(waiting.join().unwrap(), libc::EINTR);
+    m.ask(Ask::Unblock);
+}
+
+#[test]
+fn more_of_an_inode() {
+    let Some(m) = mount() else { return };
+    fs::write(m.path("f"), vec![1u8; 10_000]).unwrap();
+    let stat = ioctl::stat_more(&File::open(m.path("f")).unwrap()).unwrap();
+    let seqs = (stat.meta_seq, stat.data_seq, stat.data_version);
+    assert_eq!(
+        (seqs, stat.online_blocks, stat.offline_blocks),
+        ((1, 2, 3), 3, 5)
+    );
+    assert!(stat.crtime_sec > 1_700_000_000);
+    let dir = File::open(m.dir.path()).unwrap();
+    assert_eq!(ioctl::stat_more(&dir).unwrap().meta_seq, 1);
 }
 
 #[test]

@@ -21,6 +21,7 @@ mod deaths;
 mod explain;
 mod parts;
 mod search;
+pub mod walk;
 
 use crate::model::recover::Unsettled;
 use crate::model::{Call, Context, Model, Reply};

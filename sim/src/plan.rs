@@ -320,6 +320,11 @@ pub enum PlanOp {
     },
     /// Something of the less usual part of POSIX.
     Posix(PosixOp),
+    /// A follower asks what has changed since it last asked (`oracle::walk`).
+    Walk {
+        follower: u8,
+        max: u16,
+    },
     /// The end of this life, if it is to come, comes at the n-th write or flush from now.
     Doom {
         requests: u16,
@@ -412,6 +417,10 @@ pub struct Config {
     pub squeeze: u8,
     /// How the fence agent behaves: 0 at once, 1 slow, 2 fails at first, 3 hangs at first.
     pub fence: u8,
+    /// The seq that the new volume has come to, if not its usual one: near the end of what
+    /// one lock covers of an index.
+    #[serde(default)]
+    pub first_seq: u64,
     /// What else is small, slow or frequent.
     #[serde(default)]
     pub stress: Stress,
@@ -510,6 +519,7 @@ impl Plan {
         let drawn = PROFILES[rng.weighted(&[8, 3, 3, 3, 1, 2])];
         let profile = profile.unwrap_or(drawn);
         let mut config = draw_config(&rng, profile);
+        config.first_seq = draw_first_seq(seed);
         if profile == Profile::Cluster {
             // Every mount keeps blocks of its own.
             config.meta_size = 16_384 * MIB;
@@ -546,6 +556,15 @@ impl Plan {
 
 const MIB: u64 = 1 << 20;
 
+/// From a stream of its own: the rest of a seed's plan stays what it is.
+fn draw_first_seq(seed: u64) -> u64 {
+    let rng = Stream::new(seed, "first seq", 0);
+    match rng.below(4) {
+        0 => rng.pick(&[1, 2, 1 << 30]) * 1024 - rng.below(60),
+        _ => 0,
+    }
+}
+
 fn draw_config(rng: &Stream, profile: Profile) -> Config {
     let tiny = profile == Profile::Full;
     let kernel_caches = rng.chance(750);
@@ -572,6 +591,7 @@ fn draw_config(rng: &Stream, profile: Profile) -> Config {
             _ => rng.below(3) as u8,
         },
         fence: rng.weighted(&[6, 1, 1, 1]) as u8,
+        first_seq: 0,
         stress: Stress::default(),
     }
 }

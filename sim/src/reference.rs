@@ -2,6 +2,7 @@
 //! and, on demand, wrong in one chosen way. It tests the judge: the right one
 //! must pass every seed, each wrong one must be caught.
 
+mod ledger;
 mod shared;
 
 use crate::backend::Host;
@@ -22,7 +23,7 @@ use std::rc::Rc;
 const O_DIRECT: u32 = 0o40_000;
 
 /// The ways in which the reference can be wrong.
-pub const FLAWS: [&str; 13] = [
+pub const FLAWS: [&str; 15] = [
     "fsync_does_nothing",
     "crash_keeps_half",
     "tail_not_zeroed",
@@ -36,6 +37,8 @@ pub const FLAWS: [&str; 13] = [
     "deleted_handle_opens",
     "direct_write_leaves_pages",
     "mapped_page_lost",
+    "walk_skips",
+    "committed_seq_falls",
 ];
 
 /// The ways in which it can be wrong in a world of several nodes.
@@ -45,6 +48,7 @@ pub const CLUSTER_FLAWS: [&str; 3] = ["handover_without_commit", "death_loses_ha
 pub struct Volume {
     cluster: Option<shared::Shared>,
     durable: RefCell<Model>,
+    ledger: RefCell<ledger::Ledger>,
     flaw: Option<&'static str>,
     next_ino: Cell<Ino>,
 }
@@ -71,6 +75,7 @@ impl System for Reference {
             .find(|name| outrider_core::env::mutant(name));
         Ok(Rc::new(Volume {
             durable: RefCell::new(Model::new(S_IFDIR | 0o755)),
+            ledger: RefCell::default(),
             cluster: plan.cluster.as_ref().map(|_| shared::Shared::default()),
             flaw,
             next_ino: Cell::new(1024),

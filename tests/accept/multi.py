@@ -12,6 +12,7 @@ each.
 import argparse
 import ctypes
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -83,6 +84,162 @@ def answers(cluster, node, seconds=60):
     path = os.path.join(cluster.mnt(node), f"alive{node}")
     why = limited(lambda: put(path, b"x", sync=True), seconds)
     assert why is None, f"mount {node}: {why}"
+
+
+# --- the inode indexes, by the ioctls of the original ---------------------------------
+
+META_SEQ, DATA_SEQ = 0, 1
+END = (2**64 - 1, 2**64 - 1)
+
+
+def walk(top, index, first=(0, 0), last=END, count=1000):
+    """WALK_INODES: at most `count` pairs of a seq and an inode number."""
+    into = ctypes.create_string_buffer(24 * max(count, 1))
+    arg = bytearray(struct.pack("<QQIIQQIIQIB11x", *first, 0, 0, *last, 0, 0,
+                                ctypes.addressof(into), count, index))
+    fd = os.open(top, os.O_RDONLY)
+    try:
+        given = fcntl.ioctl(fd, 0x4048E801, arg)
+    finally:
+        os.close(fd)
+    assert given <= count
+    entries = [struct.unpack_from("<QQII", into, 24 * nr) for nr in range(given)]
+    assert all(minor == pad == 0 for _, _, minor, pad in entries), entries
+    return [entry[:2] for entry in entries]
+
+
+def behind(entry):
+    return (entry[0], entry[1] + 1)
+
+
+def seqs_of(path):
+    """STAT_MORE: meta_seq and data_seq."""
+    out = bytearray(56)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, 0x8038E805, out)
+    finally:
+        os.close(fd)
+    return struct.unpack_from("<QQ", out)
+
+
+def sync_all(c, nodes):
+    """Makes everything durable on all mounts: a mount whose transaction is empty holds
+    back what is listed."""
+    for node in nodes:
+        put(os.path.join(c.mnt(node), f"touched{node}"), b"x", sync=True)
+
+
+@case()
+def simple_inode_index(c):
+    """Inodes are listed at their last change, once, in order, when it is durable."""
+    top = c.mnt(0)
+    names = [os.path.join(top, f"f{nr}") for nr in range(50)]
+    for name in names:
+        put(name, b"x" * 5000)
+    sync_all(c, range(3))
+    inos = {os.stat(name).st_ino: name for name in names}
+    for node in range(3):
+        listed = walk(c.mnt(node), DATA_SEQ)
+        assert listed == sorted(listed)
+        assert {ino for _, ino in listed} >= set(inos), listed
+        for seq, ino in walk(c.mnt(node), META_SEQ):
+            assert ino not in inos or seq == seqs_of(inos[ino])[0]
+    # A change that is not of the contents moves one of the two.
+    old = seqs_of(names[0])
+    os.chmod(names[0], 0o600)
+    os.unlink(names[1])
+    gone = next(ino for ino, name in inos.items() if name == names[1])
+    moved = os.stat(names[0]).st_ino
+    listed = walk(top, META_SEQ)
+    assert moved not in [ino for _, ino in listed], "it is not durable yet"
+    sync_all(c, range(3))
+    new = seqs_of(names[0])
+    assert new[0] > old[0] and new[1] == old[1], (old, new)
+    for node in range(3):
+        listed = walk(c.mnt(node), META_SEQ)
+        assert [entry for entry in listed if entry[1] == moved] == [(new[0], moved)]
+        assert (old[1], moved) in walk(c.mnt(node), DATA_SEQ)
+        wait_until(lambda n=node: gone not in [ino for _, ino in walk(c.mnt(n), META_SEQ)], 60,
+                   "the deletion of an inode")
+        assert len(walk(c.mnt(node), META_SEQ, count=7)) == 7
+        assert walk(c.mnt(node), META_SEQ, count=0) == []
+        only = (new[0], moved)
+        assert walk(c.mnt(node), META_SEQ, only, only) == [only]
+    out = subprocess.run([c.binary, "walk-inodes", "-p", top, "meta_seq", "0", "-1"],
+                         capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [line.split() for line in out if not line.startswith("#")]
+    assert [(int(row[1]), int(row[3])) for row in rows] == walk(top, META_SEQ)
+    one = subprocess.run([c.binary, "stat", "-s", "meta_seq", names[0]],
+                         capture_output=True, text=True, check=True).stdout
+    assert int(one) == new[0]
+
+
+@case()
+def index_readers_race_with_writers(c):
+    """Who follows an index misses no change, whoever writes where meanwhile."""
+    end = time.monotonic() + 15
+    # Each of them is a process of its own.
+    done = os.path.join(c.work, "done")
+    shown = {(node, index): os.path.join(c.work, f"shown-{node}-{index}")
+             for node in range(3) for index in (META_SEQ, DATA_SEQ)}
+
+    def write(node):
+        rng = random.Random(node)
+        top = os.path.join(c.mnt(node), f"d{node}")
+        os.mkdir(top)
+        nr = 0
+        while time.monotonic() < end:
+            # Its own files, and those of the others.
+            of = rng.choice([node, node, rng.randrange(3)])
+            path = os.path.join(c.mnt(node), f"d{of}", f"f{rng.randrange(40)}")
+            try:
+                if rng.random() < 0.7:
+                    put(path, b"x" * rng.randrange(9000), sync=rng.random() < 0.05)
+                else:
+                    os.unlink(path)
+            except FileNotFoundError:
+                pass
+            nr += 1
+        assert nr > 100, f"only {nr} changes in 15 s"
+
+    def follow(node, index):
+        at, entries, steps = (0, 0), set(), 0
+        while True:
+            last = os.path.exists(done)
+            found = walk(c.mnt(node), index, at, count=20)
+            steps += 1
+            assert found == sorted(found) and (not found or found[0] >= at)
+            entries.update(found)
+            if found:
+                at = behind(found[-1])
+            elif last:
+                break
+            else:
+                time.sleep(0.05)
+        assert steps > 10, f"only {steps} steps"
+        put(shown[node, index], json.dumps(sorted(entries)).encode())
+
+    def all_of_it():
+        together(*(lambda node=node: write(node) for node in range(3)))
+        sync_all(c, range(3))
+        sync_all(c, range(3))
+        put(done)
+    together(all_of_it, *(lambda which=which: follow(*which) for which in shown))
+    seen = {which: {tuple(entry) for entry in json.loads(get(path))}
+            for which, path in shown.items()}
+    top = c.mnt(1)
+    count = 0
+    for directory, _, names in os.walk(top):
+        for path in [directory] + [os.path.join(directory, name) for name in names]:
+            ino, seqs = os.stat(path).st_ino, seqs_of(path)
+            for (node, index), entries in seen.items():
+                if index == DATA_SEQ and path == directory:
+                    continue
+                assert (seqs[index], ino) in entries or "touched" in path or path == top, (
+                    f"{path}, inode {ino} at {seqs}, was never shown to {node}, {index}")
+                count += 1
+    assert count > 100, count
 
 
 # --- load against locks that come and go --------------------------------------------

@@ -50,6 +50,12 @@ impl CmdError {
     }
 }
 
+impl Display for CmdError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.details)
+    }
+}
+
 impl From<VolumeError> for CmdError {
     fn from(e: VolumeError) -> Self {
         Self::new(e.errno(), e)

@@ -387,6 +387,82 @@ pub trait Posix {
     ) -> Result<Vec<FiemapExtent>, Errno>;
 }
 
+/// Which index of inodes to walk, with its number in the ioctl (spec 15 section 3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum InodeIndex {
+    /// All inodes, by the seq of their last change.
+    MetaSeq = 0,
+    /// Regular files, by the seq of the last change of their contents.
+    DataSeq = 1,
+}
+
+/// A place in an index of inodes, in the order of the index.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct IndexEntry {
+    /// Seq of the change.
+    pub major: u64,
+    /// The inode.
+    pub ino: Ino,
+}
+
+impl IndexEntry {
+    /// Behind all others.
+    pub const LAST: Self = Self {
+        major: u64::MAX,
+        ino: Ino::MAX,
+    };
+
+    /// The next place, from which to go on after this one; `None` after the last.
+    pub fn next(self) -> Option<Self> {
+        match self.ino.checked_add(1) {
+            Some(ino) => Some(Self { ino, ..self }),
+            None => Some(Self {
+                major: self.major.checked_add(1)?,
+                ino: 0,
+            }),
+        }
+    }
+}
+
+/// What `stat` does not tell (spec 15 section 7).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StatMore {
+    /// Seq of the last change.
+    pub meta_seq: u64,
+    /// Seq of the last change of contents or size; only of files is it in an index.
+    pub data_seq: u64,
+    /// Version of the contents, as archive agents know it.
+    pub data_version: u64,
+    /// Blocks of 4096 bytes that are on the device.
+    pub online_blocks: u64,
+    /// Blocks of 4096 bytes that only the archive has.
+    pub offline_blocks: u64,
+    /// Time of creation.
+    pub crtime: WallTime,
+}
+
+/// What archive agents ask for, beside files (spec 15).
+#[allow(async_fn_in_trait)] // one thread per actor: futures need not be `Send`
+pub trait Archive {
+    /// Entries of an index from `first` to `last`, both included, in order, at most
+    /// `max`; none only if there are none that are stable. Nothing is shown of a
+    /// transaction that may yet be lost, or that is younger than such a one: so an entry
+    /// never appears before one that was shown already. An error after some entries
+    /// gives these.
+    async fn walk_inodes(
+        &self,
+        index: InodeIndex,
+        first: IndexEntry,
+        last: IndexEntry,
+        max: usize,
+    ) -> Result<Vec<IndexEntry>, Errno>;
+    /// The seq up to which all transactions of all mounts are durable. Never falls.
+    async fn committed_seq(&self) -> Result<u64, Errno>;
+    /// The rest of an inode's attributes (ESTALE if gone).
+    async fn stat_more(&self, ino: Ino) -> Result<StatMore, Errno>;
+}
+
 /// One thing the kernel must forget.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Inval {

@@ -11,6 +11,7 @@
 //! * [`xattr`], [`tags`], [`acl`]: extended attributes (spec 13).
 //! * [`orphan`]: final deletion and the orphan scan (spec 11).
 //! * [`data`]: file contents (spec 14).
+//! * `archive`: what archive agents ask for (spec 15).
 //!
 //! What can go wrong: a half-applied operation that is committed, a cluster lock
 //! awaited inside the transaction, the kernel believing what another node has
@@ -18,6 +19,7 @@
 
 mod acl;
 pub mod api;
+mod archive;
 mod attr;
 pub mod belief;
 pub mod change;

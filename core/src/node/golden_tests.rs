@@ -6,7 +6,7 @@ use crate::env::testing::TestWorld;
 use crate::env::testnet::{TestNet, TestNetHandle};
 use crate::env::{Env, Gate, LocalBoxFuture, WallTime};
 use crate::errno::Errno;
-use crate::fs::api::{Caller, Inval, KernelCache, Posix};
+use crate::fs::api::{Archive, Caller, IndexEntry, InodeIndex, Inval, KernelCache, Posix};
 use crate::fs::{Fs, Inode};
 use crate::locks::Mode;
 use crate::server::{FenceAgent, FenceError, FenceRequest};
@@ -14,7 +14,7 @@ use crate::volume::golden::golden;
 use bytes::Bytes;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -291,12 +291,56 @@ async fn compare(mount: &Mount, name: &str, changed_by_mounting: &[&str]) {
             .compare_xattrs(want["ino"].as_u64().unwrap(), &want["xattrs"], &shown)
             .await;
     }
+    compare_indexes(mount, &expected).await;
     for path in walker.found.keys() {
         let shown = String::from_utf8_lossy(path);
         assert!(
             expected.contains_key(path),
             "{shown} is not in the manifest"
         );
+    }
+}
+
+/// Every inode that has a path is in the indexes, at the seq that the manifest says (it
+/// says none of links and special files).
+async fn compare_indexes(mount: &Mount, expected: &BTreeMap<Vec<u8>, Value>) {
+    for (index, field, kinds) in [
+        (InodeIndex::MetaSeq, "meta_seq", &["reg", "dir"][..]),
+        (InodeIndex::DataSeq, "data_seq", &["reg"][..]),
+    ] {
+        let (first, last) = (IndexEntry::default(), IndexEntry::LAST);
+        let walk = mount.fs().walk_inodes(index, first, last, usize::MAX);
+        let mut listed = walk.await.expect("a walk");
+        assert!(listed.is_sorted());
+        let of_kind = |v: &&Value| kinds.contains(&v["type"].as_str().expect("a type"));
+        let mut wanted: Vec<IndexEntry> = expected
+            .values()
+            .filter(of_kind)
+            .map(|v| IndexEntry {
+                major: v[field].as_u64().expect("a seq"),
+                ino: v["ino"].as_u64().expect("a number"),
+            })
+            .collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        // Links and special files are listed, too, but by `data_seq`.
+        let known: BTreeSet<u64> = wanted.iter().map(|entry| entry.ino).collect();
+        let all: BTreeSet<u64> = expected
+            .values()
+            .filter_map(|v| v["ino"].as_u64())
+            .collect();
+        assert_eq!(
+            listed
+                .iter()
+                .map(|entry| entry.ino)
+                .collect::<BTreeSet<_>>(),
+            match index {
+                InodeIndex::MetaSeq => all,
+                InodeIndex::DataSeq => known.clone(),
+            }
+        );
+        listed.retain(|entry| known.contains(&entry.ino));
+        assert_eq!(listed, wanted);
     }
 }
 

@@ -6,7 +6,7 @@ use super::items;
 use super::store::{Dirty, Store};
 use crate::alloc::{self, StatfsSums};
 use crate::block::StaleCheck;
-use crate::env::probe;
+use crate::env::{mutant, probe};
 use crate::errno::Errno;
 use crate::format::{
     InetAddr, Key, MOUNTED_CLIENT_FLAG_QUORUM, MountedClient, NetInodeAlloc, NetResizeDevices,
@@ -56,7 +56,9 @@ impl Store {
         self.retry_stale(async |sup| {
             let mut last = sup.seq.get().saturating_sub(1);
             for log in items::newest_of_each(&self.cache, &sup.logs_root).await? {
-                if !log.is_open() || log.get_trans_seq.get() > last {
+                // Mutant: breaks spec 04 section 12, open transactions hold the seq back.
+                let open = log.is_open() && !mutant("last_seq_ignores_open");
+                if !open || log.get_trans_seq.get() > last {
                     continue;
                 }
                 let key = Key::mounted_client(log.rid.get());

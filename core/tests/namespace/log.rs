@@ -109,12 +109,13 @@ impl Log {
 
     pub async fn next(&self, guard: &LockGuard, key: &Key, last: &Key) -> R<Option<(Key, Bytes)>> {
         self.enter(guard, key)?;
-        if key > last {
+        let last = guard.range().end.min(*last);
+        if *key > last {
             return Ok(None);
         }
         let items = self.items.borrow();
         Ok(items
-            .range(*key..=*last)
+            .range(*key..=last)
             .next()
             .map(|(key, value)| (*key, value.clone())))
     }
@@ -126,6 +127,11 @@ impl Log {
             .range(*key..)
             .next()
             .map(|(key, _)| *key))
+    }
+
+    /// Nobody else has a transaction.
+    pub async fn get_last_seq(&self) -> R<u64> {
+        Ok(self.seq.get() - 1)
     }
 
     pub async fn create(&self, _: &Hold, guard: &LockGuard, key: &Key, value: Bytes) -> R<()> {

@@ -9,6 +9,7 @@
 
 #[path = "../../src/fs/mod.rs"]
 mod fs;
+mod index;
 mod log;
 #[path = "../model/mod.rs"]
 mod model;
@@ -144,30 +145,10 @@ impl World {
         let world = TestWorld::new(1, 1 << 20, 1 << 20);
         let log = Rc::new(Log::default());
         log.seq.set(5000);
-        let transport = Rc::new(GrantAll::default());
-        let locks = Locks::new(
-            world.env(),
-            crate::locks::Policy::default(),
-            transport.clone(),
-        );
-        *transport.locks.borrow_mut() = Some(locks.clone());
-        locks.set_hooks(Rc::new(Hooks(log.clone())));
         let kernel = Rc::new(Kernel::default());
         let server = Rc::new(Server::default());
         server.next_ino.set(1024);
-        let config = Config {
-            fmt_vers,
-            policy: Policy::default(),
-        };
-        let fs = Fs::new(
-            world.env(),
-            log.clone(),
-            locks,
-            server.clone(),
-            kernel.clone(),
-            world.data.handle(),
-            config,
-        );
+        let fs = Self::mount(&world, &log, &kernel, &server, fmt_vers);
         let root = Inode::new(ROOT_INO, S_IFDIR | 0o755, 2, WallTime::default());
         let value = Bytes::copy_from_slice(root.encode().to_value(fmt_vers));
         log.items.borrow_mut().insert(Key::inode(ROOT_INO), value);
@@ -181,6 +162,34 @@ impl World {
             kernel,
             server,
         }
+    }
+
+    /// A mount that is granted every lock.
+    fn mount(
+        world: &TestWorld,
+        log: &Rc<Log>,
+        kernel: &Rc<Kernel>,
+        server: &Rc<Server>,
+        fmt_vers: u64,
+    ) -> Rc<Fs> {
+        let transport = Rc::new(GrantAll::default());
+        let policy = crate::locks::Policy::default();
+        let locks = Locks::new(world.env(), policy, transport.clone());
+        *transport.locks.borrow_mut() = Some(locks.clone());
+        locks.set_hooks(Rc::new(Hooks(log.clone())));
+        let config = Config {
+            fmt_vers,
+            policy: Policy::default(),
+        };
+        Fs::new(
+            world.env(),
+            log.clone(),
+            locks,
+            server.clone(),
+            kernel.clone(),
+            world.data.handle(),
+            config,
+        )
     }
 
     fn run<T>(&self, future: impl Future<Output = T>) -> T {

@@ -2,14 +2,14 @@
 //!
 //! Its files are byte vectors; it knows all that the front can ask for. Two
 //! names are special: reading the xattr `user.block` waits for ever, and
-//! `user.slow` waits a while.
+//! `user.slow` waits a while. Its indexes are made up, see [`INDEXED`].
 
 use bytes::Bytes;
 use outrider_core::env::{Duration, Env, Gate, WallTime};
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{
-    Attr, Caller, DirEntry, Entry, FiemapExtent, Ino, Opened, Posix, SetAttr, SetTime, StatFs,
-    Whence, WriteData, WriteHow, XattrSet,
+    Archive, Attr, Caller, DirEntry, Entry, FiemapExtent, IndexEntry, Ino, InodeIndex, Opened,
+    Posix, SetAttr, SetTime, StatFs, StatMore, Whence, WriteData, WriteHow, XattrSet,
 };
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -40,6 +40,47 @@ pub struct MemFs {
 }
 
 type Res<T> = Result<T, Errno>;
+
+/// Entries of each index: inode n at seq 2n. A walk from the one behind them waits for
+/// `blocked`.
+pub const INDEXED: u64 = 10_000;
+
+impl Archive for MemFs {
+    async fn walk_inodes(
+        &self,
+        _index: InodeIndex,
+        first: IndexEntry,
+        last: IndexEntry,
+        max: usize,
+    ) -> Res<Vec<IndexEntry>> {
+        if first.major == u64::MAX {
+            self.blocked.wait().await;
+        }
+        let all = (1..=INDEXED).map(|ino| IndexEntry {
+            major: 2 * ino,
+            ino,
+        });
+        let wanted = all.filter(|entry| (first..=last).contains(entry));
+        Ok(wanted.take(max).collect())
+    }
+
+    async fn committed_seq(&self) -> Res<u64> {
+        Ok(2 * INDEXED)
+    }
+
+    async fn stat_more(&self, ino: Ino) -> Res<StatMore> {
+        self.with(ino, |node| {
+            Ok(StatMore {
+                meta_seq: 1,
+                data_seq: 2,
+                data_version: 3,
+                online_blocks: node.attr.blocks / 8,
+                offline_blocks: 5,
+                crtime: node.attr.crtime,
+            })
+        })
+    }
+}
 
 impl MemFs {
     pub fn new(env: &Env) -> Self {

@@ -55,7 +55,7 @@ const fn m(name: &'static str, class: u8, nodes: Nodes, what: &'static str) -> M
 }
 
 #[rustfmt::skip]
-static MUTANTS: [Mutant; 53] = [
+static MUTANTS: [Mutant; 56] = [
     m("super_before_flush", 1, One, "the super is written before its blocks are flushed (04 s6, 18 A18)"),
     m("commit_not_durable_reply", 1, One, "a commit is answered before the super is written (18 A18)"),
     m("commit_retries_deltas", 1, One, "a retried commit applies its items again (04 H1)"),
@@ -94,6 +94,9 @@ static MUTANTS: [Mutant; 53] = [
     m("first_tree_wins", 8, One, "readers take the version of the first tree, not the newest (18 A39)"),
     m("merge_keeps_first", 8, One, "a merge takes the version of its first input, not the newest (18 B14, B15)"),
     m("old_index_item_kept", 9, One, "an inode has two meta_seq items (18 A28)"),
+    m("walk_beyond_last_seq", 9, Many, "a walk shows what may yet be lost, and passes what is older (15 s3)"),
+    m("walk_ends_with_range", 9, One, "a walk does not go on behind a lock's range (15 s3)"),
+    m("last_seq_ignores_open", 9, Many, "open transactions do not hold the committed seq back (04 s12)"),
     m("merge_remainder_dropped", 9, One, "what a bounded merge left over is never merged (18 A6)"),
     m("dead_keeps_merge_request", 10, One, "merge requests of dead mounts are never done (18 A10)"),
     m("orphan_deleted_twice", 11, One, "two tasks delete one inode (18 A38)"),

@@ -332,6 +332,15 @@ impl Call {
         }
     }
 
+    /// The file whose truncation it finishes first, in a transaction of its own, if a
+    /// crash had cut one short (spec 14 section 11).
+    pub fn finishes_truncation_of(&self) -> Option<Ino> {
+        match self {
+            Call::Fallocate { ino, .. } => Some(*ino),
+            call => call.writes_in(),
+        }
+    }
+
     /// What it reads of which file: offset and length.
     pub fn reads(&self) -> Option<(Ino, u64, u32)> {
         match self {

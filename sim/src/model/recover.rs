@@ -17,6 +17,8 @@ pub type Difference = String;
 pub struct Later<'a> {
     calls: Vec<&'a Call>,
     cut_short: Vec<Ino>,
+    /// Files whose truncation, cut short before, the calls may have finished.
+    finished: Vec<Ino>,
     unsettled: Option<&'a Unsettled>,
     /// Calls since then that are part of the state.
     written: Vec<&'a Call>,
@@ -109,11 +111,15 @@ fn settles(calls: &[&Call], ino: Ino, block: u64) -> bool {
 impl<'a> Later<'a> {
     /// Calls that are not part of the state.
     pub fn new(calls: impl IntoIterator<Item = &'a Call>) -> Self {
+        let mut calls: Vec<&Call> = calls.into_iter().collect();
+        let finished = calls
+            .iter()
+            .filter_map(|call| call.finishes_truncation_of());
+        let finished = finished.collect();
+        calls.retain(|call| call.writes_in().is_some());
         Self {
-            calls: calls
-                .into_iter()
-                .filter(|call| call.writes_in().is_some())
-                .collect(),
+            calls,
+            finished,
             cut_short: Vec::new(),
             unsettled: None,
             written: Vec::new(),
@@ -327,9 +333,19 @@ fn compare_attributes(ino: Ino, expected: &Inode, seen: &Inode) -> Result<(), Di
 
 fn compare_data(ino: Ino, expected: &Inode, seen: &Inode, later: &Later) -> Result<(), Difference> {
     let end = expected.size.div_ceil(BLOCK);
-    let left_over = later.cut_short.contains(&ino);
-    // Behind the end of a truncation that was cut short there may be any.
-    let counts = |block: &&u64| **block < end || !left_over;
+    // Behind the end of a truncation that was cut short there may be any; of one that
+    // somebody has come to finish, those that are freed last.
+    let behind = |inode: &Inode| inode.blocks.range(end..).count();
+    let freed = behind(expected).saturating_sub(behind(seen));
+    let first = if later.cut_short.contains(&ino) {
+        None
+    } else if freed > 0 && later.finished.contains(&ino) {
+        let kept = expected.blocks.range(end..).nth(freed);
+        Some(kept.map_or(u64::MAX, |(block, _)| *block))
+    } else {
+        Some(end)
+    };
+    let counts = |block: &&u64| **block < end || first.is_some_and(|first| **block >= first);
     let want = expected.blocks.keys().filter(counts);
     if !want.eq(seen.blocks.keys().filter(counts)) {
         return Err(format!(

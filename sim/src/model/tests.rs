@@ -179,9 +179,26 @@ fn blocks_behind_the_end_are_left_only_by_a_truncate_cut_short() {
     let mut hole = short.clone();
     hole.get_mut(1024).blocks.remove(&1);
     assert!(hole.recovered_as(&seen, cut_short).is_err());
-    // The next write finishes it.
-    let (_, next) = write(&seen, 1024, 0, 10, 2, 9);
+    // The next write finishes it ...
+    let (next_write, next) = write(&seen, 1024, 0, 10, 2, 9);
     assert_eq!(next.get(1024).unwrap().blocks.len(), 2);
+    // ... in a transaction of its own, which frees from the first block on: after the
+    // next crash that may be there without the write.
+    seen.get_mut(1024).blocks.insert(3, Rc::clone(&old[&3]));
+    let finishing = || Later::new([&next_write]);
+    assert!(seen.recovered_as(&seen, none).is_ok());
+    assert!(seen.recovered_as(&freed, none).is_err());
+    for (left, right) in [(&[][..], true), (&[4], true), (&[3], false)] {
+        let mut after = freed.clone();
+        for block in left {
+            let page = Rc::clone(&old[block]);
+            after.get_mut(1024).blocks.insert(*block, page);
+        }
+        let judged = seen.recovered_as(&after, finishing);
+        assert_eq!(judged.is_ok(), right, "{left:?}");
+        let more = after.recovered_as(&seen, finishing);
+        assert!(more.is_err(), "what was freed does not come back");
+    }
 }
 
 #[test]

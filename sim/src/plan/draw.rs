@@ -2,6 +2,7 @@
 
 use super::tuning::{self, Knobs};
 use super::{Config, MIB, OP_KINDS, PlanOp, Profile, posix};
+use crate::oracle::walk::FOLLOWERS;
 use crate::rng::Stream;
 use outrider_core::env::Entropy;
 
@@ -13,6 +14,30 @@ pub(super) struct Mix {
     pub(super) big: bool,
     pub(super) max_file: u64,
     pub(super) posix: posix::Share,
+    walks: Walks,
+}
+
+/// How often followers of the inode indexes ask what has changed. From a stream of its
+/// own, in place of other operations: those of a seed stay what they are.
+struct Walks {
+    rng: Stream,
+    permille: u64,
+}
+
+impl Walks {
+    fn draw(seed: u64, knobs: &Knobs) -> Self {
+        let rng = Stream::new(seed, "walks", 0);
+        let permille = knobs.chance("workload.walks", rng.pick(&[0, 0, 30, 120]));
+        Self { rng, permille }
+    }
+
+    fn instead(&self) -> Option<PlanOp> {
+        let rng = &self.rng;
+        (self.permille > 0 && rng.chance(self.permille)).then(|| PlanOp::Walk {
+            follower: rng.below(u64::from(FOLLOWERS)) as u8,
+            max: rng.pick(&[1, 2, 5, 20, 1000]),
+        })
+    }
 }
 
 impl Mix {
@@ -63,6 +88,7 @@ impl Mix {
             big: knobs.flag("workload.big", big),
             max_file: knobs.count("workload.max_file", max_file),
             posix: posix::Share::draw(seed, config, knobs),
+            walks: Walks::draw(seed, knobs),
         }
     }
 }
@@ -91,8 +117,9 @@ pub(super) fn draw_len(rng: &Stream, mix: &Mix) -> u32 {
 
 pub(super) fn draw_op(rng: &Stream, config: &Config, mix: &Mix) -> PlanOp {
     let usual = draw_usual(rng, config, mix);
-    let other = mix.posix.instead(config, mix);
-    other.map_or(usual, PlanOp::Posix)
+    let other = mix.posix.instead(config, mix).map(PlanOp::Posix);
+    let walk = mix.walks.instead();
+    walk.or(other).unwrap_or(usual)
 }
 
 fn draw_usual(rng: &Stream, config: &Config, mix: &Mix) -> PlanOp {

@@ -74,7 +74,7 @@ fn operations() -> Vec<&'static str> {
 }
 
 /// All keys, but those of `config` and `ops`, with what they mean.
-const KEYS: [(&str, Kind, &str); 37] = [
+const KEYS: [(&str, Kind, &str); 38] = [
     (
         "workload.lives",
         Count(1, 20),
@@ -101,6 +101,11 @@ const KEYS: [(&str, Kind, &str); 37] = [
         "workload.posix",
         Chance,
         "an ACL, a handle, a mapping or the like instead of another operation",
+    ),
+    (
+        "workload.walks",
+        Chance,
+        "a walk over an index of inodes instead of another operation",
     ),
     ("workload.sync", Chance, "a sync in a moment of quiet"),
     (

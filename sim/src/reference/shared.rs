@@ -54,6 +54,11 @@ impl Shared {
         self.0.borrow_mut().commit(|step| step.seat == seat);
     }
 
+    /// Shows what is durable.
+    pub fn with_durable<T>(&self, look: impl FnOnce(&Model) -> T) -> T {
+        look(&self.0.borrow().durable)
+    }
+
     /// Carries out a call of a mount.
     pub fn execute(&self, mount: &Reference, call: &Call) -> Reply {
         let life = &mount.host.life;

@@ -24,6 +24,8 @@ pub(super) const BOUND: u64 = 240 * SECOND;
 /// they were delayed in the meantime, up to this. With a second for every third read a
 /// window of hundreds of calls, each of them prompt, needs more than the bound.
 const SLOW_READS_MAX: u64 = 1680 * SECOND;
+/// The number of the life in which everything is well.
+const LAST: u64 = 1000;
 
 pub(super) fn violation(kind: &'static str, text: impl Into<String>) -> Violation {
     Violation {
@@ -378,7 +380,7 @@ pub(super) async fn all_lives<S: System>(world: &Rc<World<S>>) -> Result<(), Vio
         end: End::Unmount,
     };
     world.note("LAST", &[], || "everything is healed".to_owned());
-    if !Box::pin(one_life(world, &last, 1000)).await? {
+    if !Box::pin(one_life(world, &last, LAST)).await? {
         return Err(violation("liveness", "the last life did not end cleanly"));
     }
     check(world, true).await
@@ -474,6 +476,9 @@ async fn live<S: System>(
         if fate.is_severed() || !run_window(world, fate, &scene, window).await? {
             break;
         }
+    }
+    if number == LAST {
+        follow_to_the_end(world, fate, &scene).await?;
     }
     if fate.is_dead() {
         return Ok(false);
@@ -584,9 +589,24 @@ async fn run_window<S: System>(
         // What an audit could not read shows in the recorded answers.
         Waited::Done(_) => {
             world.oracle.borrow_mut().quiet()?;
+            world.followers.borrow().verdict()?;
             Ok(!fate.is_severed())
         }
     }
+}
+
+/// Lets all followers come to where nothing is left to see, and judges what they saw.
+async fn follow_to_the_end<S: System>(
+    world: &Rc<World<S>>,
+    fate: &Rc<Fate>,
+    scene: &Rc<Scene<S::Fs>>,
+) -> Result<(), Violation> {
+    let (inner, state) = (Rc::clone(scene), world.oracle.borrow().state().clone());
+    let following = async move { inner.follow_to_the_end(&state).await };
+    if let Waited::Done(followed) = within(fate, "the last walks", following).await? {
+        followed.map_err(|text| violation("walk", text))?;
+    }
+    world.followers.borrow().verdict()
 }
 
 /// Closes what is open and unmounts.

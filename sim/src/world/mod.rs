@@ -10,6 +10,7 @@
 mod audit;
 pub mod cluster;
 mod contents;
+mod follow;
 pub mod invariants;
 mod life;
 pub mod node;
@@ -21,11 +22,12 @@ use crate::backend::disk::{Disks, Timing};
 use crate::backend::net::{Links, SimNet};
 use crate::backend::{Host, Life, Node, Sim, turn_randomness};
 use crate::model::{Model, S_IFDIR};
+use crate::oracle::walk::Followers;
 use crate::oracle::{Oracle, Violation};
 use crate::plan::Plan;
 use crate::trace::{Sink, Trace};
 use outrider_core::env::{set_mutant, set_probe_sink};
-use outrider_core::fs::api::{KernelCache, Posix};
+use outrider_core::fs::api::{Archive, KernelCache, Posix};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -43,7 +45,7 @@ pub trait System: Sized + 'static {
     /// What stays between mounts, beside the devices.
     type Volume: 'static;
     /// The mounted filesystem.
-    type Fs: Posix + 'static;
+    type Fs: Posix + Archive + 'static;
 
     /// Makes the volume on the devices of `host`.
     async fn make(host: &Host, plan: &Plan) -> Result<Rc<Self::Volume>, String>;
@@ -276,6 +278,7 @@ struct World<S: System> {
     disks: Rc<Disks>,
     volume: Rc<S::Volume>,
     oracle: Rc<RefCell<Oracle>>,
+    followers: Rc<RefCell<Followers>>,
     steps: Rc<RefCell<Vec<(u64, i64, i64)>>>,
     tags: Rc<std::cell::Cell<u64>>,
     calls: std::cell::Cell<u64>,
@@ -391,6 +394,7 @@ async fn world<S: System>(plan: Plan, sink: Option<Sink>, looks: Looks) -> Outco
                 disks: Rc::clone(&disks),
                 volume,
                 oracle: Rc::new(RefCell::new(Oracle::new(Model::new(S_IFDIR | 0o755)))),
+                followers: Rc::default(),
                 steps: Rc::default(),
                 tags: Rc::default(),
                 calls: std::cell::Cell::new(0),

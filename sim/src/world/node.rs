@@ -4,14 +4,14 @@ use super::invariants::Watched;
 use super::{MountError, System};
 use crate::backend::{Host, Node};
 use crate::plan::Plan;
-use outrider_core::env::{DeviceRole, Duration, Env, Gate, LocalBoxFuture, Time};
+use outrider_core::env::{BlockDevice, DeviceRole, Duration, Env, Gate, LocalBoxFuture, Time};
 use outrider_core::fs::Fs;
 use outrider_core::fs::api::KernelCache;
 use outrider_core::locks::Mode;
 use outrider_core::node::{Mount, NodeConfig};
 use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
 use outrider_core::volume::check::{CheckOptions, check};
-use outrider_core::volume::{MkfsOptions, mkfs};
+use outrider_core::volume::{MkfsOptions, VolumeError, mkfs, read_super, write_super};
 use outrider_core::{block, log};
 use std::net::SocketAddrV4;
 use std::rc::Rc;
@@ -20,6 +20,13 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Port of the one quorum member.
 const PORT: u16 = 12_345;
+
+/// Makes a new volume one that has had as many transactions.
+async fn come_to_seq(meta: &dyn BlockDevice, seq: u64) -> Result<(), VolumeError> {
+    let mut sb = read_super(meta, DeviceRole::Meta, None).await?;
+    sb.seq.set(seq);
+    write_super(meta, DeviceRole::Meta, &sb).await
+}
 
 /// A mount of Outrider.
 pub struct Outrider {
@@ -164,6 +171,11 @@ impl System for Outrider {
         mkfs(&*meta, &*data, &*env.entropy, env.clock.wall(), &options)
             .await
             .map_err(|error| error.to_string())?;
+        if plan.config.first_seq > 0 {
+            come_to_seq(&*meta, plan.config.first_seq)
+                .await
+                .map_err(|error| error.to_string())?;
+        }
         Ok(Rc::new(()))
     }
 

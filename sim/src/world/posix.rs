@@ -7,7 +7,7 @@ use crate::model::{Call, ROOT, Reply, S_IFMT, S_IFREG, acl};
 use crate::plan::posix::PosixOp;
 use bytes::Bytes;
 use outrider_core::env::LocalBoxFuture;
-use outrider_core::fs::api::{Ino, Posix, SetAttr, XattrSet};
+use outrider_core::fs::api::{Archive, Ino, Posix, SetAttr, XattrSet};
 use std::ops::Range;
 use std::rc::{Rc, Weak};
 
@@ -19,7 +19,7 @@ const NEW_SIZE: u64 = 20_000;
 /// A mount may be gone when its filesystem wants pages back.
 struct Launderer<P>(Weak<Scene<P>>);
 
-impl<P: Posix + 'static> Launder for Launderer<P> {
+impl<P: Posix + Archive + 'static> Launder for Launderer<P> {
     fn write_back(&self, ino: Ino, pages: Range<u64>) -> LocalBoxFuture<'static, ()> {
         let scene = self.0.upgrade();
         Box::pin(async move {
@@ -35,7 +35,7 @@ fn acl_name(default: bool) -> Bytes {
     Bytes::from_static(if default { acl::DEFAULT } else { acl::ACCESS })
 }
 
-impl<P: Posix + 'static> Scene<P> {
+impl<P: Posix + Archive + 'static> Scene<P> {
     /// Lets the kernel write dirty pages back when the filesystem asks for them.
     pub fn give_launder(self: &Rc<Self>) {
         let launder = Launderer(Rc::downgrade(self));
@@ -43,7 +43,7 @@ impl<P: Posix + 'static> Scene<P> {
     }
 }
 
-impl<P: Posix> Scene<P> {
+impl<P: Posix + Archive> Scene<P> {
     pub(super) async fn operate_posix(&self, op: &PosixOp) {
         let dir = |number: u16| self.table.borrow().dir(number);
         let any = |number: u16| self.table.borrow().any(number);

@@ -5,11 +5,12 @@ use super::{System, World};
 use crate::backend::{Node, Sim};
 use crate::kernel::{Handle, Kernel, Recorder};
 use crate::model::{Call, Context, FLAT, Model, Reply, S_IFMT, S_IFREG, Tolerance, wall_time};
+use crate::oracle::walk::Followers;
 use crate::oracle::{Oracle, Violation};
 use crate::plan::{LifePlan, PlanOp, Profile};
 use bytes::Bytes;
-use outrider_core::fs::api::{Ino, Posix, SetAttr, SetTime, XattrSet};
-use std::cell::{Cell, RefCell};
+use outrider_core::fs::api::{Archive, Ino, Posix, SetAttr, SetTime, XattrSet};
+use std::cell::{Cell, RefCell, RefMut};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -82,6 +83,7 @@ pub(super) struct Desk {
     node: Rc<Node>,
     fate: Rc<Fate>,
     oracle: Rc<RefCell<Oracle>>,
+    followers: Rc<RefCell<Followers>>,
     steps: Rc<RefCell<Vec<(u64, i64, i64)>>>,
     pending: RefCell<BTreeMap<usize, Open>>,
     next: Cell<usize>,
@@ -95,6 +97,7 @@ pub(super) struct Desk {
 pub(super) struct Office {
     pub node: Rc<Node>,
     pub oracle: Rc<RefCell<Oracle>>,
+    pub followers: Rc<RefCell<Followers>>,
     pub steps: Rc<RefCell<Vec<(u64, i64, i64)>>>,
     pub tags: Rc<Cell<u64>>,
     pub calls: Rc<Cell<u64>>,
@@ -110,6 +113,7 @@ impl Desk {
             node: office.node,
             fate: Rc::clone(fate),
             oracle: office.oracle,
+            followers: office.followers,
             steps: office.steps,
             pending: RefCell::default(),
             next: Cell::new(0),
@@ -133,6 +137,7 @@ impl Desk {
             node: Rc::clone(&world.node),
             fate: Rc::clone(fate),
             oracle: Rc::clone(&world.oracle),
+            followers: Rc::clone(&world.followers),
             steps: Rc::clone(&world.steps),
             pending: RefCell::default(),
             next: Cell::new(0),
@@ -145,6 +150,23 @@ impl Desk {
             count: Rc::new(move || counting.calls.set(counting.calls.get() + 1)),
             seat: 0,
         }
+    }
+
+    /// The followers of the world.
+    pub(super) fn followers(&self) -> RefMut<'_, Followers> {
+        self.followers.borrow_mut()
+    }
+
+    /// An operation begins that the judge of calls is not told of.
+    pub(super) fn count(&self) {
+        self.fate.count_call();
+        (self.count)();
+    }
+
+    /// An event of this mount.
+    pub(super) fn tell(&self, kind: &'static str, args: &[u64], text: impl FnOnce() -> String) {
+        let now = self.sim.now();
+        self.sim.trace.event(now, self.node.id, kind, args, text);
     }
 
     pub(super) fn tag(&self) -> u64 {
@@ -188,6 +210,9 @@ impl Desk {
             text.truncate(300);
             failure.text.push_str(&text);
         }
+        for step in self.followers.borrow().walking() {
+            failure.text.push_str(&format!("\n  no answer: {step}"));
+        }
         failure
     }
 }
@@ -202,8 +227,7 @@ struct Open {
 
 impl Recorder for Desk {
     fn begin(&self, call: &Call) -> usize {
-        self.fate.count_call();
-        (self.count)();
+        self.count();
         let ticket = self.next.get();
         self.next.set(ticket + 1);
         let (start, subjects) = (self.sim.now(), call.subjects());
@@ -286,7 +310,7 @@ fn xattr_name(number: u8, special: bool) -> Bytes {
     Bytes::from(format!("{prefix}.x{number}"))
 }
 
-impl<P: Posix> Scene<P> {
+impl<P: Posix + Archive> Scene<P> {
     pub fn recorded(&self) -> Recorded<'_, P> {
         Recorded {
             kernel: &self.kernel,
@@ -580,6 +604,7 @@ impl<P: Posix> Scene<P> {
             },
             PlanOp::Fiemap { .. } => Call::Fiemap { ino: file },
             PlanOp::Posix(ref op) => return self.operate_posix(op).await,
+            PlanOp::Walk { follower, max } => return self.walk(follower, usize::from(max)).await,
             PlanOp::Pause { micros } => return self.desk.sim.sleep(u64::from(micros) * 1000).await,
             PlanOp::Doom { requests } => return self.desk.fate.doom(u64::from(requests)),
         };

@@ -14,14 +14,17 @@ pub mod mkfs;
 pub mod mount;
 pub mod prepare_empty_data_device;
 pub mod print;
+pub mod stat;
 pub mod status;
 pub mod sync;
 pub mod umount;
 pub mod up;
+pub mod walk_inodes;
 
 use crate::error::CmdError;
 use clap::Subcommand;
 use outrider_core::errno::Errno;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// What to do.
@@ -55,6 +58,10 @@ pub enum Command {
     PrepareEmptyDataDevice(prepare_empty_data_device::Args),
     /// List the extents of a file
     GetFiemap(get_fiemap::Args),
+    /// Show seqs, version and blocks of a file
+    Stat(stat::Args),
+    /// List inodes in the order in which they last changed
+    WalkInodes(walk_inodes::Args),
     /// Make a mount's changes durable
     Sync(sync::Args),
     /// Measure a directory, or two side by side
@@ -83,6 +90,8 @@ impl Command {
             Self::ChangeClusterKey(_) => "change-cluster-key",
             Self::PrepareEmptyDataDevice(_) => "prepare-empty-data-device",
             Self::GetFiemap(_) => "get-fiemap",
+            Self::Stat(_) => "stat",
+            Self::WalkInodes(_) => "walk-inodes",
             Self::Sync(_) => "sync",
             Self::Bench(_) => "bench",
             Self::Completions(_) => "completions",
@@ -107,6 +116,8 @@ impl Command {
             Self::ChangeClusterKey(args) => done(args.run()),
             Self::PrepareEmptyDataDevice(args) => done(args.run()),
             Self::GetFiemap(args) => done(args.run()),
+            Self::Stat(args) => done(args.run()),
+            Self::WalkInodes(args) => done(args.run()),
             Self::Sync(args) => done(args.run()),
             Self::Bench(args) => done(bench::run(&args).map_err(|e| CmdError::new(Errno::EIO, e))),
             Self::Completions(args) => done(args.run()),
@@ -117,6 +128,16 @@ impl Command {
 
 fn done(result: Result<(), CmdError>) -> Result<ExitCode, CmdError> {
     result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Where a command finds its mount if it is not told: `SCOUTFS_MOUNT_PATH`, or the
+/// current directory (spec 17 section 9).
+fn mount_path(given: Option<&Path>) -> PathBuf {
+    let from_environment = || std::env::var_os("SCOUTFS_MOUNT_PATH").map(PathBuf::from);
+    given
+        .map(Path::to_owned)
+        .or_else(from_environment)
+        .unwrap_or_else(|| PathBuf::from("."))
 }
 
 /// Sends the log of a daemon in the foreground to stderr; `OUTRIDER_LOG` chooses

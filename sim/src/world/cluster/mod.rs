@@ -28,6 +28,7 @@ use crate::backend::net::SimNet;
 use crate::backend::{Host, Life, Node, Sim, spawn};
 use crate::disk_model::Survival;
 use crate::model::{Model, S_IFDIR};
+use crate::oracle::walk::Followers;
 use crate::oracle::{Death, Oracle, Violation};
 use crate::plan::cluster::{Agents, Broken, ClusterPlan, Round};
 use crate::plan::{Loss, Plan};
@@ -68,6 +69,7 @@ pub(super) struct Cluster<S: System> {
     volume: Rc<S::Volume>,
     rng: Stream,
     oracle: Rc<RefCell<Oracle>>,
+    followers: Rc<RefCell<Followers>>,
     tags: Rc<Cell<u64>>,
     calls: Rc<Cell<u64>>,
     /// World time when the last trouble ends.
@@ -114,6 +116,7 @@ pub(super) async fn world<S: System>(
         machines: machines.collect(),
         rng: Stream::new(plan.seed, "cluster world", 0),
         oracle: Rc::new(RefCell::new(Oracle::new(Model::new(S_IFDIR | 0o755)))),
+        followers: Rc::default(),
         agents: Cell::new(cluster.agents),
         plan: Rc::clone(&plan),
         sim: parts.sim,
@@ -339,6 +342,7 @@ impl<S: System> Cluster<S> {
             seat.stage("a sync or an audit", look).await?;
         }
         self.judge(round).await?;
+        self.followers.borrow().verdict()?;
         let oracle = self.oracle.borrow();
         for seat in self.seated() {
             seat.scene().table.borrow_mut().know(oracle.state());
@@ -547,7 +551,20 @@ impl<S: System> Cluster<S> {
         }
     }
 
-    /// Everything is healed: all nodes mount, read, and leave.
+    /// Lets all followers come to where nothing is left to see, and judges what they saw.
+    async fn follow_to_the_end(&self) -> Result<(), Violation> {
+        let Some(seat) = self.seated().into_iter().next() else {
+            return Ok(());
+        };
+        let (scene, state) = (seat.scene(), self.oracle.borrow().state().clone());
+        let following = async move { scene.follow_to_the_end(&state).await };
+        if let Some(followed) = seat.stage("the last walks", following).await? {
+            followed.map_err(|text| violation("walk", text))?;
+        }
+        self.followers.borrow().verdict()
+    }
+
+    /// Everything is healed: all nodes mount, read, follow the indexes, and leave.
     async fn last(self: &Rc<Self>) -> Result<(), Violation> {
         self.note(0, "LAST", &[], || "everything is healed".to_owned());
         self.heal().await;
@@ -561,6 +578,7 @@ impl<S: System> Cluster<S> {
                 break;
             }
         }
+        self.follow_to_the_end().await?;
         let leaving = Rc::new(Round {
             blackout: None,
             ends: seat::all_leave(self.machines.len()),

@@ -301,6 +301,7 @@ async fn mount<S: System>(world: &Rc<Cluster<S>>, seat: &Rc<Seat<S>>) -> Result<
             let office = Office {
                 node: Rc::clone(&machine.node),
                 oracle: Rc::clone(&world.oracle),
+                followers: Rc::clone(&world.followers),
                 steps: Rc::clone(&machine.steps),
                 tags: Rc::clone(&world.tags),
                 calls: Rc::clone(&world.calls),
