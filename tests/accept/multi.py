@@ -151,8 +151,7 @@ def simple_inode_index(c):
     os.unlink(names[1])
     gone = next(ino for ino, name in inos.items() if name == names[1])
     moved = os.stat(names[0]).st_ino
-    listed = walk(top, META_SEQ)
-    assert moved not in [ino for _, ino in listed], "it is not durable yet"
+    assert (old[0], moved) not in walk(top, META_SEQ), "it has moved, durable or not"
     sync_all(c, range(3))
     new = seqs_of(names[0])
     assert new[0] > old[0] and new[1] == old[1], (old, new)

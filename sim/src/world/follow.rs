@@ -10,6 +10,11 @@ use outrider_core::fs::api::{Archive, IndexEntry, Posix};
 /// Entries asked for at a time at the end.
 const MANY: usize = 1000;
 
+/// A place in an index as `walk-inodes` has it.
+fn place(entry: &IndexEntry) -> String {
+    format!("{}.{}", entry.major, entry.ino)
+}
+
 impl Desk {
     /// The entries that a step brings, at most `max`.
     async fn walk<P: Archive>(
@@ -18,9 +23,13 @@ impl Desk {
         step: &Step,
         max: usize,
     ) -> Result<Vec<IndexEntry>, Errno> {
-        let args = [step.from.major, step.from.ino, max as u64];
+        let (ticket, from) = (self.ticket(), place(&step.from));
+        let args = [ticket, step.from.major, step.from.ino, max as u64];
         self.tell("walk", &args, || {
-            format!("{:?} from {:?}, at most {max}", step.index, step.from)
+            format!(
+                "?{ticket} Walk {{ index: {:?}, from: {from}, max: {max} }}",
+                step.index
+            )
         });
         let asked = async || -> Result<_, Errno> {
             let seq = fs.committed_seq().await?;
@@ -30,10 +39,16 @@ impl Desk {
         };
         let answer = asked().await;
         let args = match &answer {
-            Ok((seq, shown)) => [*seq, shown.len() as u64],
-            Err(errno) => [u64::MAX, errno.0 as u64],
+            Ok((seq, shown)) => [ticket, *seq, shown.len() as u64],
+            Err(errno) => [ticket, u64::MAX, errno.0 as u64],
         };
-        self.tell("walked", &args, || format!("{answer:?}"));
+        self.tell("answer", &args, || match &answer {
+            Ok((seq, shown)) => {
+                let shown: Vec<String> = shown.iter().map(place).collect();
+                format!("!{ticket} [{}], committed to {seq}", shown.join(" "))
+            }
+            Err(errno) => format!("!{ticket} {errno}"),
+        });
         let (seq, shown): (u64, Vec<IndexEntry>) = answer?;
         self.followers().walked(step, seq, max, &shown);
         Ok(shown)

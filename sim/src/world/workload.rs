@@ -163,6 +163,13 @@ impl Desk {
         (self.count)();
     }
 
+    /// A number for a call.
+    pub(super) fn ticket(&self) -> u64 {
+        let ticket = self.next.get();
+        self.next.set(ticket + 1);
+        ticket as u64
+    }
+
     /// An event of this mount.
     pub(super) fn tell(&self, kind: &'static str, args: &[u64], text: impl FnOnce() -> String) {
         let now = self.sim.now();
@@ -228,8 +235,7 @@ struct Open {
 impl Recorder for Desk {
     fn begin(&self, call: &Call) -> usize {
         self.count();
-        let ticket = self.next.get();
-        self.next.set(ticket + 1);
+        let ticket = self.ticket() as usize;
         let (start, subjects) = (self.sim.now(), call.subjects());
         let wall = self.node.wall_nanos(start);
         let args = [
