@@ -310,6 +310,7 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
             plans.push(changed);
         }
     };
+    push(&mut |plan| plan.config.first_seq = 0);
     if let Some(cluster) = &plan.cluster {
         for node in (1..cluster.nodes.len()).rev() {
             push(&mut |plan| without_node(plan, node));
@@ -318,6 +319,7 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
             let cluster = plan.cluster.as_mut().expect("a cluster");
             cluster.agents = Agents::Prompt;
         });
+        push(&mut |plan| plan.cluster.as_mut().expect("a cluster").keyed = false);
         // The last phase as a round in which nobody is broken.
         push(&mut |plan| {
             let cluster = plan.cluster.as_mut().expect("a cluster");

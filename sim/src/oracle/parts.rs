@@ -97,14 +97,20 @@ fn part_of_fallocate(call: &Call, size: u64) -> Option<Call> {
 pub(super) struct Sights(BTreeMap<Ino, BTreeSet<(u64, u64)>>);
 
 impl Sights {
-    /// All that these answers and the state that was observed in the end show.
-    pub fn new<'a>(replies: impl Iterator<Item = &'a Reply>, observed: &Model) -> Self {
+    /// All that these answers show.
+    pub fn of<'a>(replies: impl Iterator<Item = &'a Reply>) -> Self {
         let mut sights = Self::default();
         for reply in replies {
             if let Reply::Attr(attr) | Reply::Entry(attr) = reply {
                 sights.add(attr.ino, attr.size, attr.blocks / (BLOCK / 512));
             }
         }
+        sights
+    }
+
+    /// All that these answers and the state that was observed in the end show.
+    pub fn new<'a>(replies: impl Iterator<Item = &'a Reply>, observed: &Model) -> Self {
+        let mut sights = Self::of(replies);
         for (ino, inode) in &observed.inodes {
             sights.add(*ino, inode.size, inode.blocks.len() as u64);
         }

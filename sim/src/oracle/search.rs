@@ -5,6 +5,7 @@
 //! led to decide everything that follows, so no such pair is visited twice.
 
 use super::Record;
+use super::parts::Sights;
 use crate::model::{Model, Reply};
 use crate::trace::digest;
 use outrider_core::env::HashSet;
@@ -43,6 +44,8 @@ pub(super) struct Search {
     marks: u64,
     stack: Vec<Frame>,
     visited: HashSet<(u64, u64)>,
+    /// What the answers show of files, if a truncation failed.
+    sights: Option<Sights>,
     stuck: Option<Stuck>,
 }
 
@@ -68,6 +71,9 @@ impl Search {
     /// From a state on.
     pub fn new(start: Model, records: &[Record]) -> Self {
         let done = vec![false; records.len()];
+        let halves = |record: &Record| record.is_uncertain() && record.call.resizes().is_some();
+        let replies = || records.iter().filter_map(|record| record.reply.as_ref());
+        let sights = records.iter().any(halves).then(|| Sights::of(replies()));
         let first = Frame {
             state: start,
             picked: None,
@@ -81,6 +87,7 @@ impl Search {
             marks: 0,
             stack: vec![first],
             visited: HashSet::default(),
+            sights,
             stuck: None,
         }
     }
@@ -148,6 +155,14 @@ impl Search {
         frame.variants = frame.state.apply(&record.call, reply, &record.cx);
         if frame.variants.is_empty() {
             return;
+        }
+        if let Some(sights) = self.sights.as_ref()
+            && record.is_uncertain()
+            && record.call.resizes().is_some()
+        {
+            // Of its transactions the first ones may be there.
+            let parts = sights.parts(&record.call, &frame.state, &record.cx);
+            frame.variants.extend(parts);
         }
         frame.picked = Some(index);
         let before = frame.state.digest();

@@ -438,6 +438,35 @@ fn what_nobody_answered_may_have_happened() {
 }
 
 #[test]
+fn a_truncation_that_fails_half_way_leaves_the_blocks_that_are_freed_last() {
+    let judged = |size: u64, seen: &[(u64, u64)]| {
+        let mut o = with_file();
+        let mut faulty = cx(10, 20);
+        faulty.tolerance.io = true;
+        let set = SetAttr {
+            size: Some(size),
+            ..SetAttr::default()
+        };
+        let number = o.begin(Call::Setattr { ino: 1024, set }, faulty);
+        o.end(number, Reply::Err(Errno::EIO), faulty);
+        for (size, blocks) in seen {
+            let look = Call::Getattr { ino: 1024 };
+            run(&mut o, look, attr(1024, 0o644, *size, *blocks), 30, 40);
+        }
+        o.quiet().map_err(|violation| violation.kind)
+    };
+    let possible = [(16384, 4), (5000, 2), (5000, 3), (5000, 4)];
+    for seen in possible {
+        assert_eq!(judged(5000, &[seen]), Ok(()), "{seen:?}");
+    }
+    for seen in [(5000, 1), (5000, 5), (6000, 4), (16384, 3)] {
+        assert_eq!(judged(5000, &[seen]), Err("answers"), "{seen:?}");
+    }
+    // Nobody goes on with it before the next change.
+    assert_eq!(judged(5000, &[(5000, 4), (5000, 3)]), Err("answers"));
+}
+
+#[test]
 fn what_failed_did_nothing_after_it_said_so() {
     let start = || {
         let mut o = with_file();

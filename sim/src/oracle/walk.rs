@@ -20,6 +20,11 @@ use std::rc::{Rc, Weak};
 /// the committed seq.
 pub const FOLLOWERS: u8 = 4;
 
+/// A place in an index, for people: the seq and the inode.
+pub fn place(entry: &IndexEntry) -> String {
+    format!("{}.{}", entry.major, entry.ino)
+}
+
 struct Follower {
     index: InodeIndex,
     trusts_seq: bool,
@@ -109,9 +114,8 @@ impl Followers {
         let mut from = Some(step.from);
         for entry in shown {
             if from.is_none_or(|from| *entry < from) {
-                self.breaks(format!(
-                    "{entry:?} of {index:?} is not at or behind {from:?}"
-                ));
+                let (entry, from) = (place(entry), from.as_ref().map(place));
+                self.breaks(format!("{entry} of {index:?} is not at or behind {from:?}"));
             }
             from = entry.next();
         }
@@ -140,9 +144,10 @@ impl Followers {
             };
             if major <= seq && !follower.seen.contains(&(ino, major)) {
                 missed.push(format!(
-                    "follower {number} of {:?} was never shown inode {ino} at {major}, and is at \
-                     {:?}; the committed seq is {seq}",
-                    follower.index, follower.at
+                    "follower {number} of {:?} was never shown inode {ino} at {major}, and has \
+                     come to {}; the committed seq is {seq}",
+                    follower.index,
+                    follower.at.as_ref().map_or("the end".to_owned(), place)
                 ));
             }
         }
@@ -158,7 +163,7 @@ impl Followers {
         let all = self.all.iter().enumerate();
         all.filter(|(_, follower)| follower.busy.strong_count() > 0)
             .map(|(number, follower)| {
-                let (index, at) = (follower.index, follower.at);
+                let (index, at) = (follower.index, follower.at.as_ref().map(place));
                 format!("step of follower {number} of {index:?} from {at:?}")
             })
             .collect()

@@ -229,6 +229,10 @@ pub struct ClusterPlan {
     /// How long a mount may be without a server before it gives up; 0: for ever.
     #[serde(default)]
     pub out_of_touch_ms: u32,
+    /// Whether the volume has a cluster key, and all that passes between nodes is
+    /// encrypted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keyed: bool,
     /// Fence agents.
     pub agents: Agents,
     /// What happens.
@@ -260,7 +264,7 @@ impl ClusterPlan {
         let count = |f: fn(&Round) -> usize| self.rounds.iter().map(f).sum::<usize>();
         format!(
             "cluster of {} nodes, {} in the quorum, {} rounds, {} troubles, {} ends, {} blackouts, \
-             agents {:?}, heartbeat {} ms, core {:#b} ({:?})",
+             agents {:?}, heartbeat {} ms, core {:#b} ({:?}){}",
             self.nodes.len(),
             self.members(),
             self.rounds.len(),
@@ -271,6 +275,7 @@ impl ClusterPlan {
             self.heartbeat_ms,
             self.core,
             self.broken,
+            if self.keyed { ", with a key" } else { "" },
         )
     }
 }
@@ -322,6 +327,11 @@ impl Swarm {
     }
 }
 
+/// From a stream of its own: the rest of a seed's plan stays what it is.
+fn draw_keyed(seed: u64) -> bool {
+    Stream::new(seed, "cluster key", 0).chance(200)
+}
+
 /// Draws the cluster of a seed.
 pub(super) fn draw(seed: u64, config: &Config, mix: &Mix, knobs: &Knobs) -> ClusterPlan {
     let rng = Stream::new(seed, "cluster", 0);
@@ -370,6 +380,7 @@ pub(super) fn draw(seed: u64, config: &Config, mix: &Mix, knobs: &Knobs) -> Clus
         recovery_ms: rng.pick(&[5_000, 10_000, 30_000]),
         reconnect_ms: rng.pick(&[2_000, 5_000, 20_000]),
         out_of_touch_ms: 0,
+        keyed: knobs.flag("cluster.keyed", draw_keyed(seed)),
         agents: knobs.name("cluster.agents", draw_agents(seed, &rng)),
         rounds,
         core,

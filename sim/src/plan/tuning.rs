@@ -74,7 +74,7 @@ fn operations() -> Vec<&'static str> {
 }
 
 /// All keys, but those of `config` and `ops`, with what they mean.
-const KEYS: [(&str, Kind, &str); 38] = [
+const KEYS: [(&str, Kind, &str); 39] = [
     (
         "workload.lives",
         Count(1, 20),
@@ -192,6 +192,7 @@ const KEYS: [(&str, Kind, &str); 38] = [
         Count(100, 600_000),
         "keepalive timeout",
     ),
+    ("cluster.keyed", Flag, "the volume has a cluster key"),
     (
         "cluster.core",
         Flag,

@@ -3,17 +3,12 @@
 
 use super::workload::{Desk, Scene};
 use crate::model::{Model, S_IFMT, S_IFREG};
-use crate::oracle::walk::{FOLLOWERS, Step};
+use crate::oracle::walk::{FOLLOWERS, Step, place};
 use outrider_core::errno::Errno;
 use outrider_core::fs::api::{Archive, IndexEntry, Posix};
 
 /// Entries asked for at a time at the end.
 const MANY: usize = 1000;
-
-/// A place in an index as `walk-inodes` has it.
-fn place(entry: &IndexEntry) -> String {
-    format!("{}.{}", entry.major, entry.ino)
-}
 
 impl Desk {
     /// The entries that a step brings, at most `max`.

@@ -9,6 +9,7 @@ use outrider_core::fs::Fs;
 use outrider_core::fs::api::KernelCache;
 use outrider_core::locks::Mode;
 use outrider_core::node::{Mount, NodeConfig};
+use outrider_core::secure::ClusterKey;
 use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
 use outrider_core::volume::check::{CheckOptions, check};
 use outrider_core::volume::{MkfsOptions, VolumeError, mkfs, read_super, write_super};
@@ -106,6 +107,7 @@ fn config(host: &Host, plan: &Plan) -> NodeConfig {
         config.server.keepalive_timeout = millis(cluster.keepalive_ms);
         config.server.recovery_timeout = millis(cluster.recovery_ms);
         config.server.reconnect_timeout = millis(cluster.reconnect_ms);
+        config.cluster_key = key(plan);
         config.out_of_touch =
             (cluster.out_of_touch_ms > 0).then_some(millis(cluster.out_of_touch_ms));
     }
@@ -138,6 +140,12 @@ fn config(host: &Host, plan: &Plan) -> NodeConfig {
     config
 }
 
+/// The volume's cluster key, if it has one: any will do.
+fn key(plan: &Plan) -> Option<ClusterKey> {
+    let keyed = plan.cluster.as_ref().is_some_and(|cluster| cluster.keyed);
+    keyed.then(|| ClusterKey::from_bytes(&[0x5a; 32]))
+}
+
 /// The quorum slots: the members' addresses.
 fn slots(host: &Host, plan: &Plan) -> Vec<(u64, SocketAddrV4)> {
     let Some(cluster) = &plan.cluster else {
@@ -166,6 +174,7 @@ impl System for Outrider {
             fmt_vers: plan.config.format_version,
             slots: slots(host, plan),
             allow_small: true,
+            cluster_key: key(plan).map(|key| key.id()),
             ..MkfsOptions::default()
         };
         mkfs(&*meta, &*data, &*env.entropy, env.clock.wall(), &options)
