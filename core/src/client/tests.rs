@@ -294,6 +294,9 @@ struct Server {
     mute: Cell<bool>,
     /// What lock requests are answered with instead, the last one first.
     lies: RefCell<Vec<Result<Bytes, Errno>>>,
+    /// The first lock request stays queued whatever it was answered with: another one
+    /// for the lock is a breach.
+    queues: Cell<bool>,
 }
 
 impl Server {
@@ -311,6 +314,7 @@ impl Server {
             expired: RefCell::default(),
             mute: Cell::new(false),
             lies: RefCell::default(),
+            queues: Cell::default(),
         }
     }
 
@@ -344,6 +348,11 @@ impl ServerHooks for Server {
         let fresh = self.handled.borrow_mut().insert((origin.rid, origin.id));
         assert!(fresh, "{origin:?} handled twice by term {}", self.term);
         if self.mute.get() {
+            return;
+        }
+        let lied = self.lies.borrow().is_empty();
+        if origin.cmd == NetCmd::Lock && self.queues.get() && lied {
+            self.conns().break_connection(origin.rid);
             return;
         }
         let body = match origin.cmd {
@@ -605,6 +614,41 @@ fn a_server_that_grants_otherwise_for_ever_keeps_nobody_busy() {
         until(&env, "found", || next.up(RID) == 1).await;
         mount.refuses.set(0);
         until(&env, "granted", || !mount.granted.borrow().is_empty()).await;
+    });
+}
+
+/// The server has received the second request and will not see it again, and answers the
+/// first one under a number that is not asked for any more: the next leader has to. All
+/// else goes on.
+#[test]
+fn a_lock_that_is_still_queued_after_a_false_answer_is_granted_by_the_next_leader() {
+    let w = World::new(1);
+    let env = w.env();
+    w.world.block_on(async {
+        let server = w.server(1, 5).await;
+        let mount = Rc::new(Mount::default());
+        server.lies.replace(vec![Err(Errno::EIO)]);
+        server.queues.set(true);
+        let client = w.client(RID, &mount);
+        let asked = NetLock {
+            write_seq: 3.into(),
+            ..NetLock::default()
+        };
+        client.lock(&asked).expect("not severed");
+        // One connection is closed by the client, and one by the server.
+        until(&env, "third", || server.greeted.borrow().len() == 3).await;
+        for _ in 0..20 {
+            assert!(client.get_last_seq().await.is_ok());
+            env.sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(server.greeted.borrow().len(), 3, "one connection since");
+        assert_eq!(server.handled.borrow().len(), 2 + 20, "asked twice");
+        assert!(mount.granted.borrow().is_empty());
+        let next = w.server(2, 6).await;
+        server.conns().break_connection(RID);
+        until(&env, "found", || next.up(RID) == 1).await;
+        until(&env, "granted", || mount.granted.borrow().contains(&3)).await;
+        assert_eq!(next.handled.borrow().len(), 1, "asked once");
     });
 }
 

@@ -578,6 +578,20 @@ fn broken_clients_are_named() {
         .unwrap_err();
     assert!(matches!(error, LockProtocolError::NotInvalidated { .. }));
     assert!(out.is_empty());
+    // Granted, and wanted by another: who waits for it must not ask again.
+    let read = net_lock(&key, 0, Mode::Null, Mode::Read);
+    let write = net_lock(&key, 0, Mode::Null, Mode::Write);
+    assert_eq!(server.request(1, 1, &read, &mut next, &mut out), Ok(()));
+    assert_eq!(server.request(2, 1, &write, &mut next, &mut out), Ok(()));
+    let before = out.clone();
+    let error = server.request(2, 2, &write, &mut next, &mut out);
+    let named = LockProtocolError::SecondRequest { rid: 2, key };
+    assert_eq!(error, Err(named));
+    assert_eq!(out, before, "and nothing is done");
+    // The first one is as good as before.
+    let back = net_lock(&key, 0, Mode::Read, Mode::Null);
+    assert_eq!(server.response(1, &back, &mut next, &mut out), Ok(()));
+    assert_eq!(grant_of(&out[before.len()..]), [(2, 0, 2)]);
 }
 
 /// An invalidation repeated after a failover must not raise a mode (section 16.3).
