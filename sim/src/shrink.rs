@@ -87,7 +87,7 @@ pub fn shrink(
         for pass in PASSES {
             shrinker.take_away(pass);
         }
-        while shrinker.attempt(&simpler(&shrinker.best)).is_some() {}
+        shrinker.simplify();
         if shrinker.best == before {
             return before;
         }
@@ -122,6 +122,21 @@ impl Shrinker<'_, '_> {
             }
         }
         None
+    }
+
+    /// Makes one thing after the other simpler.
+    fn simplify(&mut self) {
+        let mut at = 0;
+        loop {
+            let mut plans = simpler(&self.best);
+            let plans = plans.split_off(at.min(plans.len()));
+            let Some(index) = self.attempt(&plans) else {
+                return;
+            };
+            // Those before it were tried in vain; what is as simple as can be is not in
+            // the list, so the next has its place, or a change of the same thing.
+            at += index;
+        }
     }
 
     /// Takes parts of one kind away, in chunks that get smaller.

@@ -1,5 +1,9 @@
 //! A failing world made small.
 //!
+//! A plan that has lost something fails in another order of events, if at all: so others
+//! are tried for each. How many follows from the failure: first a few, and when nothing
+//! gets smaller any more, as many as the plan itself needs to fail again.
+//!
 //! What can go wrong: a run that is interrupted. Each smaller plan is written at
 //! once, so the file always has the smallest so far, and goes on from there.
 
@@ -31,8 +35,9 @@ pub struct Args {
     /// Worlds at a time; the number of processors unless given.
     #[arg(long)]
     jobs: Option<usize>,
-    /// Other orders of events to try for each plan in which the failure is gone.
-    #[arg(long, default_value_t = 3)]
+    /// Other orders of events to try at most for each plan in which the failure is gone. A
+    /// failure that comes by chance needs more of them than one that always comes.
+    #[arg(long, default_value_t = 300)]
     tries: u64,
     /// Stop after this many seconds.
     #[arg(long)]
@@ -42,31 +47,62 @@ pub struct Args {
     json: bool,
 }
 
-/// What is looked for.
-struct Search {
-    signature: String,
-    mutant: Option<&'static str>,
-    tries: u64,
-    jobs: usize,
+/// Other orders of events that are tried at first.
+const FEW: u64 = 3;
+/// Failures of which a plan's chance to fail is estimated.
+const ENOUGH: u64 = 5;
+
+/// How many orders it takes to fail in one of them nearly always (95%): three times those
+/// between two failures, as far as `most` orders tell.
+fn orders_needed(most: u64, mut fails: impl FnMut(u64) -> bool) -> u64 {
+    let mut failed = 0;
+    for number in 1..=most {
+        failed += u64::from(fails(number));
+        if failed == ENOUGH {
+            return (3 * number).div_ceil(ENOUGH).min(most);
+        }
+    }
+    most
 }
 
-impl Search {
+/// What is looked for.
+struct Search<'a> {
+    signature: String,
+    mutant: Option<&'static str>,
+    /// Other orders of events that are tried now.
+    tries: u64,
+    jobs: usize,
+    late: &'a (dyn Fn() -> bool + Sync),
+}
+
+/// A seed for another order of events; number 0 is the plan's own.
+fn seed(plan: &Plan, number: u64) -> u64 {
+    plan.seed.wrapping_add(number.wrapping_mul(1_000_003))
+}
+
+impl Search<'_> {
+    /// Whether a plan fails in the way that is looked for under a seed.
+    fn fails(&self, plan: &Plan, seed: u64) -> bool {
+        let plan = Plan {
+            seed,
+            ..plan.clone()
+        };
+        let failure = run_plan(&plan, false, self.mutant).failure;
+        let same = failure.is_some_and(|failure| signature(&failure) == self.signature);
+        same && (self.mutant.is_none() || run_plan(&plan, false, None).failure.is_none())
+    }
+
     /// The seed under which a plan fails in the way that is looked for: its own, or one
     /// of some others, which change the order of events.
     fn seed_of(&self, plan: &Plan) -> Option<u64> {
-        (0..=self.tries).find_map(|number| {
-            let seed = plan.seed.wrapping_add(number.wrapping_mul(1_000_003));
-            let plan = Plan {
-                seed,
-                ..plan.clone()
-            };
-            let outcome = run_plan(&plan, false, self.mutant);
-            let same = outcome
-                .failure
-                .is_some_and(|failure| signature(&failure) == self.signature);
-            let by_the_bug =
-                same && (self.mutant.is_none() || run_plan(&plan, false, None).failure.is_none());
-            by_the_bug.then_some(seed)
+        let mut seeds = (0..=self.tries).map(|number| seed(plan, number));
+        seeds.find(|seed| !(self.late)() && self.fails(plan, *seed))
+    }
+
+    /// How many other orders a plan needs, and `most` at most.
+    fn needed(&self, plan: &Plan, most: u64) -> u64 {
+        orders_needed(most, |number| {
+            (self.late)() || self.fails(plan, seed(plan, number))
         })
     }
 
@@ -112,11 +148,16 @@ pub fn run(args: &Args) -> Result<bool, String> {
     let Some(failure) = &outcome.failure else {
         return Err(format!("{} does not fail: nothing to shrink", args.what));
     };
-    let search = Search {
+    let late = || {
+        args.time_budget
+            .is_some_and(|s| begun.elapsed().as_secs() >= s)
+    };
+    let mut search = Search {
         signature: signature(failure),
         mutant,
-        tries: args.tries,
+        tries: args.tries.min(FEW),
         jobs: args.jobs.unwrap_or_else(all_processors).max(1),
+        late: &late,
     };
     let write = |plan: &Plan| -> Result<Case, String> {
         let outcome = run_plan(plan, false, mutant);
@@ -135,34 +176,44 @@ pub fn run(args: &Args) -> Result<bool, String> {
     bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
     bar.enable_steady_tick(Duration::from_millis(200));
     let mut problem = None;
-    let late = || {
-        args.time_budget
-            .is_some_and(|s| begun.elapsed().as_secs() >= s)
-    };
-    shrink(
-        &given.plan,
-        4 * search.jobs,
-        &mut |plans| {
-            if late() {
-                return None;
-            }
-            search.first_failing(plans)
-        },
-        &mut |plan, progress| {
-            let Progress {
-                operations,
-                faults,
-                tried,
-            } = progress;
-            bar.set_message(format!(
-                "{operations} operations, {faults} faults, {tried} plans tried"
-            ));
-            match write(plan) {
-                Ok(case) => kept = case,
-                Err(text) => problem = Some(text),
-            }
-        },
-    );
+    let mut best = given.plan.clone();
+    let mut tried_before = 0;
+    loop {
+        let mut tried_now = 0;
+        best = shrink(
+            &best,
+            4 * search.jobs,
+            &mut |plans| {
+                if late() {
+                    return None;
+                }
+                tried_now += plans.len() as u64;
+                search.first_failing(plans)
+            },
+            &mut |plan, progress| {
+                let Progress {
+                    operations,
+                    faults,
+                    tried,
+                } = progress;
+                bar.set_message(format!(
+                    "{operations} operations, {faults} faults, {} plans tried, in {} orders each",
+                    tried_before + tried,
+                    search.tries + 1
+                ));
+                match write(plan) {
+                    Ok(case) => kept = case,
+                    Err(text) => problem = Some(text),
+                }
+            },
+        );
+        tried_before += tried_now;
+        let needed = search.needed(&best, args.tries);
+        if needed <= search.tries || late() || problem.is_some() {
+            break;
+        }
+        search.tries = needed;
+    }
     bar.finish_and_clear();
     if let Some(text) = problem {
         return Err(text);
@@ -196,4 +247,18 @@ pub fn run(args: &Args) -> Result<bool, String> {
         );
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_fails_by_chance_needs_more_orders() {
+        assert_eq!(orders_needed(300, |_| true), FEW);
+        assert_eq!(orders_needed(300, |number| number % 10 == 0), 30);
+        assert_eq!(orders_needed(300, |number| number % 50 == 0), 150);
+        assert_eq!(orders_needed(300, |number| number % 250 == 0), 300);
+        assert_eq!(orders_needed(0, |_| true), 0);
+    }
 }
