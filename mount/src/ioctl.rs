@@ -240,7 +240,10 @@ async fn serve_walk<P: Archive>(
         let entries: Vec<WalkEntry> = found.iter().map(|entry| (*entry).into()).collect();
         let place = (given * size_of::<WalkEntry>()) as u64;
         let address = walk.entries_ptr.checked_add(place).ok_or(Errno::EFAULT)?;
-        caller.write(address, entries.as_bytes().to_vec()).await?;
+        match caller.write(address, entries.as_bytes().to_vec()).await {
+            Err(_) if given > 0 => break,
+            written => written?,
+        }
         given += found.len();
     }
     Ok(given as i32)

@@ -21,7 +21,7 @@ use outrider_core::errno::Errno;
 use outrider_core::fs::api::{Archive, Posix, WriteData};
 use outrider_disk::{Reactor, spawn_polled};
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::future::Future;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
@@ -113,8 +113,9 @@ pub struct Session {
     agreed: Cell<Agreed>,
     ready: Gate,
     parked: RefCell<HashMap<u64, Parked>>,
-    /// Requests whose callers must go on waiting: see [`Session::hold`].
-    held: RefCell<HashSet<u64>>,
+    /// Requests whose callers must go on waiting (see [`Session::hold`]), and whether
+    /// one was interrupted meanwhile.
+    held: RefCell<HashMap<u64, bool>>,
     drained: Signal,
     gone: Cell<bool>,
     destroyed: Cell<bool>,
@@ -376,8 +377,9 @@ impl Session {
         let Some(entry) = parked.get_mut(&unique) else {
             return;
         };
-        let stays = !changes_nothing(entry.opcode) || self.held.borrow().contains(&unique);
-        if entry.detached || stays {
+        let mut held = self.held.borrow_mut();
+        let stays = held.get_mut(&unique).map(|interrupted| *interrupted = true);
+        if entry.detached || stays.is_some() || !changes_nothing(entry.opcode) {
             tracing::debug!(unique, op = op::name(entry.opcode), "interrupted: runs on");
             return;
         }
@@ -394,7 +396,7 @@ impl Session {
         if self.gone.get() || parked.get(&unique).is_some_and(|entry| entry.detached) {
             return None;
         }
-        self.held.borrow_mut().insert(unique);
+        self.held.borrow_mut().insert(unique, false);
         Some(Held(Rc::clone(self), unique))
     }
 
@@ -441,7 +443,10 @@ pub(crate) struct Held(Rc<Session>, u64);
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.0.held.borrow_mut().remove(&self.1);
+        let interrupted = self.0.held.borrow_mut().remove(&self.1);
+        if interrupted == Some(true) {
+            self.0.interrupt(self.1);
+        }
     }
 }
 
