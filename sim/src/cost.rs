@@ -165,7 +165,7 @@ async fn world(case: Case, files: u32) -> Result<Figures, String> {
     })));
     let disks = Disks::new(&sim, META, DATA, Timing::default());
     let counted = Rc::clone(&figures);
-    disks.set_watch(move |landed| {
+    disks.add_watch(move |landed| {
         let counted = &mut *counted.borrow_mut();
         counted.bytes += landed.bufs.iter().map(|buf| buf.len() as u64).sum::<u64>();
         let sup =

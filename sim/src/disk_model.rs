@@ -99,6 +99,8 @@ pub struct Medium {
     durable: BTreeMap<u64, Sector>,
     pending: BTreeMap<u64, Vec<Version>>,
     next_write: u64,
+    /// Where what is there has changed, if anybody wants to know.
+    changes: Option<Vec<(u64, u64)>>,
 }
 
 impl Medium {
@@ -113,6 +115,19 @@ impl Medium {
             durable: BTreeMap::new(),
             pending: BTreeMap::new(),
             next_write: 1,
+            changes: None,
+        }
+    }
+
+    /// Offsets and lengths of what may have other contents now than at the last call; all
+    /// of it, if this is the first: changes are noted from then on.
+    pub fn take_changes(&mut self) -> Option<Vec<(u64, u64)>> {
+        self.changes.replace(Vec::new())
+    }
+
+    fn note_change(&mut self, offset: u64, len: u64) {
+        if let Some(changes) = &mut self.changes {
+            changes.push((offset, len));
         }
     }
 
@@ -171,6 +186,7 @@ impl Medium {
     ) {
         let write = self.next_write;
         self.next_write += 1;
+        self.note_change(offset, bufs.iter().map(|buf| buf.len() as u64).sum());
         let mut number = offset / SECTOR as u64;
         for buf in bufs {
             for sector in sectors(buf) {
@@ -246,6 +262,7 @@ impl Medium {
             if let Some((_, by)) = last.filter(|(write, _)| chosen.map(|v| v.write) != Some(*write))
             {
                 lost.push((number, by));
+                self.note_change(number * SECTOR as u64, SECTOR as u64);
             }
             if let Some(version) = chosen {
                 self.durable.insert(number, version.sector.clone());
@@ -285,6 +302,7 @@ impl Medium {
         };
         self.pending.remove(&number);
         self.durable.insert(number, sector);
+        self.note_change(number * SECTOR as u64, SECTOR as u64);
     }
 
     /// Digest of what is there now; zero sectors count as absent.
@@ -310,12 +328,25 @@ impl Medium {
     }
 }
 
-/// A device as it was, for those who only read: that takes no time and meets no fault.
-pub struct Still(pub Medium);
+/// A device as it was, or is, for those who only read: that takes no time and meets no
+/// fault.
+pub struct Still<M>(pub M);
 
-impl BlockDevice for Still {
+/// Somebody who has a medium.
+pub trait Holder {
+    /// Gives it to `f`.
+    fn with<T>(&self, f: impl FnOnce(&Medium) -> T) -> T;
+}
+
+impl Holder for Medium {
+    fn with<T>(&self, f: impl FnOnce(&Medium) -> T) -> T {
+        f(self)
+    }
+}
+
+impl<M: Holder> BlockDevice for Still<M> {
     fn size(&self) -> u64 {
-        self.0.size()
+        self.0.with(Medium::size)
     }
 
     fn read(
@@ -326,7 +357,7 @@ impl BlockDevice for Still {
         let (len, size) = (buf.len() as u64, self.size());
         let fits = offset.checked_add(len).is_some_and(|end| end <= size);
         let result = if fits {
-            self.0.read(offset, &mut buf);
+            self.0.with(|medium| medium.read(offset, &mut buf));
             Ok(())
         } else {
             let op = "read";

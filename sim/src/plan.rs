@@ -424,6 +424,15 @@ pub struct Config {
     /// What else is small, slow or frequent.
     #[serde(default)]
     pub stress: Stress,
+    /// The devices are checked at every so many commits; 0 for none.
+    #[serde(default = "usual_checks")]
+    pub check_every: u32,
+}
+
+/// All commits would take half of the time of a world (`docs/simulator.md`); which ones
+/// it is differs between seeds.
+fn usual_checks() -> u32 {
+    4
 }
 
 /// A whole world.
@@ -593,6 +602,7 @@ fn draw_config(rng: &Stream, profile: Profile) -> Config {
         fence: rng.weighted(&[6, 1, 1, 1]) as u8,
         first_seq: 0,
         stress: Stress::default(),
+        check_every: usual_checks(),
     }
 }
 

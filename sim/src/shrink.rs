@@ -404,7 +404,8 @@ fn simpler(plan: &Plan) -> Vec<Plan> {
     plans
 }
 
-const CONFIG_CHANGES: [fn(&mut Config); 9] = [
+const CONFIG_CHANGES: [fn(&mut Config); 10] = [
+    |config| config.check_every = 1,
     |config| config.stress = Stress::default(),
     |config| config.squeeze = 0,
     |config| config.fence = 0,

@@ -8,7 +8,7 @@
 use super::flying::{Ledger, Request};
 use super::risk::{self, Risk};
 use super::{Host, Life, Sim};
-use crate::disk_model::{Medium, SECTOR, Survival};
+use crate::disk_model::{Holder, Medium, SECTOR, Still, Survival};
 use crate::plan::{DiskFault, DiskOp};
 use crate::rng::Stream;
 use outrider_core::env::{
@@ -90,7 +90,7 @@ struct Machines {
     barred: RefCell<BTreeSet<u32>>,
     /// Machines that stand still: their requests end when they go on.
     frozen: RefCell<BTreeMap<u32, Vec<End>>>,
-    watch: RefCell<Option<Watch>>,
+    watches: RefCell<Vec<Watch>>,
     asked: RefCell<Option<Asked>>,
 }
 
@@ -207,7 +207,7 @@ impl Disks {
     pub fn end(&self) {
         self.clear_trap();
         self.machines.traps.take();
-        self.machines.watch.take();
+        self.machines.watches.take();
         self.machines.asked.take();
         // Requests of machines that stand still own the devices.
         let parked = self.machines.frozen.take();
@@ -288,9 +288,9 @@ impl Disks {
         }
     }
 
-    /// Tells `watch` of every write that reaches a medium.
-    pub fn set_watch(&self, watch: impl Fn(&Landed<'_>) + 'static) {
-        *self.machines.watch.borrow_mut() = Some(Rc::new(watch));
+    /// Tells `watch`, too, of every write that reaches a medium.
+    pub fn add_watch(&self, watch: impl Fn(&Landed<'_>) + 'static) {
+        self.machines.watches.borrow_mut().push(Rc::new(watch));
     }
 
     /// Requests that have not ended.
@@ -338,9 +338,14 @@ impl Disks {
         self.data.medium.borrow().shows_doomed()
     }
 
-    /// Replaces the contents of a device.
-    pub fn set_medium(&self, role: DeviceRole, medium: Medium) {
-        *self.disk(role).medium.borrow_mut() = medium;
+    /// A device as it is, whenever it is asked: reading takes no time and is no event.
+    pub fn bare(&self, role: DeviceRole) -> Rc<dyn BlockDevice> {
+        Rc::new(Still(Rc::clone(self.disk(role))))
+    }
+
+    /// What of a device may have changed: see [`Medium::take_changes`].
+    pub fn take_changes(&self, role: DeviceRole) -> Option<Vec<(u64, u64)>> {
+        self.disk(role).medium.borrow_mut().take_changes()
     }
 
     /// Digest of both devices.
@@ -349,6 +354,12 @@ impl Disks {
         digest.word(self.meta.medium.borrow().hash());
         digest.word(self.data.medium.borrow().hash());
         digest.value()
+    }
+}
+
+impl Holder for Rc<Disk> {
+    fn with<T>(&self, f: impl FnOnce(&Medium) -> T) -> T {
+        f(&self.medium.borrow())
     }
 }
 
@@ -423,8 +434,8 @@ impl Disk {
     }
 
     fn tell(&self, flight: &Flight) {
-        let watch = self.machines.watch.borrow().clone();
-        if let Some(watch) = watch {
+        let watches = self.machines.watches.borrow().clone();
+        for watch in watches {
             watch(&Landed {
                 role: self.role,
                 node: flight.node,

@@ -21,6 +21,7 @@ use crate::kernel::Caches;
 use crate::rng::Stream;
 use crate::stress::Held;
 use crate::trace::Trace;
+use crate::world::commits::Commits;
 use crate::world::invariants::{self, Watched};
 use madsim::task::AbortHandle;
 use outrider_core::env::{Duration, Either, race};
@@ -79,6 +80,8 @@ pub struct Sim {
     /// What is to be done between two steps, by when, and when the first is.
     looks: RefCell<BTreeMap<u64, Vec<Look>>>,
     next_look: Cell<u64>,
+    /// Who checks the devices at commits.
+    commits: RefCell<Option<Rc<Commits>>>,
 }
 
 /// Something to be done when a probe was reached so many times more.
@@ -127,6 +130,7 @@ impl Sim {
             delayed: Cell::new(0),
             looks: RefCell::default(),
             next_look: Cell::new(u64::MAX),
+            commits: RefCell::default(),
         });
         let driver = madsim::task::spawn_local(run_timers(Rc::downgrade(&sim)));
         *sim.driver.borrow_mut() = Some(driver);
@@ -231,6 +235,16 @@ impl Sim {
         watched.push(mount);
     }
 
+    /// Remembers who checks the devices at commits.
+    pub fn set_commits(&self, commits: Rc<Commits>) {
+        *self.commits.borrow_mut() = Some(commits);
+    }
+
+    /// Who checks the devices at commits.
+    pub fn commits(&self) -> Option<Rc<Commits>> {
+        self.commits.borrow().clone()
+    }
+
     /// Calls `f` with each mount that is looked at and lives.
     pub fn each_mount(&self, mut f: impl FnMut(&Rc<outrider_core::node::Mount>, &Rc<Life>)) {
         let watched = self.watched.borrow();
@@ -275,6 +289,7 @@ impl Sim {
             madsim::task::yield_now().await;
         }
         self.watched.take();
+        self.commits.take();
         let looks = self.looks.take();
         drop(looks);
         let driver = self.driver.take();

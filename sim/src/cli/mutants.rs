@@ -55,7 +55,7 @@ const fn m(name: &'static str, class: u8, nodes: Nodes, what: &'static str) -> M
 }
 
 #[rustfmt::skip]
-static MUTANTS: [Mutant; 56] = [
+static MUTANTS: [Mutant; 57] = [
     m("super_before_flush", 1, One, "the super is written before its blocks are flushed (04 s6, 18 A18)"),
     m("commit_not_durable_reply", 1, One, "a commit is answered before the super is written (18 A18)"),
     m("commit_retries_deltas", 1, One, "a retried commit applies its items again (04 H1)"),
@@ -78,6 +78,7 @@ static MUTANTS: [Mutant; 56] = [
     m("votes_twice", 4, Many, "a quorum member votes twice in one term (18 B18)"),
     m("freed_block_reused", 5, One, "a block freed in a transaction is reused in the same one (03 s9)"),
     m("reclaim_skips_avail", 5, One, "reclaim of a dead mount loses its free blocks (18 A32)"),
+    m("avail_head_late", 5, One, "some super blocks list as free what their own commit has used (03 s12)"),
     m("data_not_flushed", 5, One, "a commit does not flush the data device (14 s20)"),
     m("dead_data_not_flushed", 5, One, "what a dead mount wrote in place is shown before it is flushed (14 s20)"),
     m("truncate_flag_not_persisted", 5, One, "an interrupted truncate is not finished (14 s11)"),

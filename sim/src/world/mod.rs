@@ -9,6 +9,7 @@
 
 mod audit;
 pub mod cluster;
+pub mod commits;
 mod contents;
 mod follow;
 pub mod invariants;
@@ -373,7 +374,9 @@ async fn world<S: System>(plan: Plan, sink: Option<Sink>, looks: Looks) -> Outco
         net: Rc::clone(&net),
         disks: Rc::clone(&disks),
     };
-    let result = match S::make(&host, &plan).await {
+    let made = S::make(&host, &plan).await;
+    commits::Commits::install(&sim, &disks, plan.config.check_every);
+    let result = match made {
         Err(text) => Err(Violation { kind: "mkfs", text }),
         Ok(volume) if plan.cluster.is_some() => {
             let parts = cluster::Parts {
@@ -399,7 +402,7 @@ async fn world<S: System>(plan: Plan, sink: Option<Sink>, looks: Looks) -> Outco
                 tags: Rc::default(),
                 calls: std::cell::Cell::new(0),
             });
-            let result = life::all_lives(&world).await;
+            let result = commits::until_broken(&sim, life::all_lives(&world)).await;
             outcome.unjudged = world.oracle.borrow().unjudged();
             outcome.steps = world.oracle.borrow().steps();
             outcome.calls = world.calls.get();

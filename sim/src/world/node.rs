@@ -1,5 +1,6 @@
 //! Outrider itself as the system under test: `node::Mount` in a cluster of one.
 
+use super::commits;
 use super::invariants::Watched;
 use super::{MountError, System};
 use crate::backend::{Host, Node};
@@ -11,7 +12,7 @@ use outrider_core::locks::Mode;
 use outrider_core::node::{Mount, NodeConfig};
 use outrider_core::secure::ClusterKey;
 use outrider_core::server::{FenceAgent, FenceError, FenceRequest};
-use outrider_core::volume::check::{CheckOptions, check};
+use outrider_core::volume::check::check;
 use outrider_core::volume::{MkfsOptions, VolumeError, mkfs, read_super, write_super};
 use outrider_core::{block, log};
 use std::net::SocketAddrV4;
@@ -248,20 +249,9 @@ impl System for Outrider {
         let env = host.env("check");
         let open = |role| env.devices.open(role).map_err(|error| error.to_string());
         let (meta, data) = (open(DeviceRole::Meta)?, open(DeviceRole::Data)?);
-        let options = CheckOptions {
-            strict: true,
-            ..CheckOptions::default()
-        };
-        let report = check(meta, data, &options).await;
-        if report.errors == 0 {
-            return Ok(());
-        }
-        let shown: Vec<String> = report
-            .problems
-            .iter()
-            .take(4)
-            .map(|problem| format!("{problem:?}"))
-            .collect();
-        Err(format!("{} errors: {}", report.errors, shown.join("; ")))
+        let report = check(meta, data, &commits::options(None)).await;
+        commits::verdict(&report)?;
+        let commits = host.sim.commits();
+        commits.map_or(Ok(()), |commits| commits.compare(&report))
     }
 }

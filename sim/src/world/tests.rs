@@ -3,6 +3,7 @@
 use super::*;
 use crate::plan::{Plan, Profile};
 use crate::reference::{CLUSTER_FLAWS, FLAWS, Reference};
+use crate::world::node::Outrider;
 
 fn run_reference(seed: u64, mutant: Option<&'static str>) -> Outcome {
     let options = Options {
@@ -71,4 +72,52 @@ fn every_wrong_reference_is_caught_on_several_nodes() {
         let found = (0..100).find(|seed| run_cluster(*seed, Some(flaw)).failure.is_some());
         assert!(found.is_some(), "{flaw} was not found");
     }
+}
+
+/// A world of the filesystem itself, checked at every so many commits. In a debug build
+/// each of these checks is compared with one that remembers nothing.
+fn run_checked(mut plan: Plan, every: u32, mutant: Option<&'static str>) -> Outcome {
+    plan.config.check_every = every;
+    let options = Options {
+        mutant,
+        ..Options::default()
+    };
+    run::<Outrider>(&plan, options)
+}
+
+#[test]
+fn checks_at_commits_change_nothing_and_find_nothing() {
+    for seed in 0..3 {
+        for plan in [
+            Plan::from_seed(seed, None),
+            Plan::from_seed(seed, Some(Profile::Cluster)),
+        ] {
+            let checked = run_checked(plan.clone(), 1, None);
+            assert_eq!(checked.failure, None);
+            assert_eq!(checked, run_checked(plan, 0, None));
+        }
+    }
+}
+
+#[test]
+fn what_one_commit_shows_and_the_next_puts_right_is_found() {
+    let mutant = Some("avail_head_late");
+    let (mut found, mut only) = (0, 0);
+    for seed in 0..12 {
+        let plan = Plan::from_seed(seed, None);
+        let Some(failure) = run_checked(plan.clone(), 1, mutant).failure else {
+            continue;
+        };
+        assert_eq!(failure.kind, "check");
+        assert!(
+            failure.text.contains(" s, when node 0 had written"),
+            "{failure:?}"
+        );
+        found += 1;
+        only += u32::from(run_checked(plan, 0, mutant).failure.is_none());
+    }
+    assert!(
+        found >= 3 && only >= 1,
+        "{found} found, {only} of them only so"
+    );
 }

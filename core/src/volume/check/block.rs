@@ -144,7 +144,8 @@ impl Checker<'_> {
         let mid_free = usize::from(self.head.mid_free_len.get());
         let mut total = 0;
         let mut spans = Vec::new();
-        for item in self.raw.clone() {
+        let raw = std::mem::take(&mut self.raw);
+        for item in &raw {
             let key = item.key.key();
             let len = usize::from(item.val_len.get());
             let off = usize::from(item.val_off.get());
@@ -182,6 +183,7 @@ impl Checker<'_> {
                 spans.push((off, off + room, key));
             }
         }
+        self.raw = raw;
         spans.sort_unstable();
         if let Some(pair) = spans.windows(2).find(|pair| pair[0].1 > pair[1].0) {
             let text = format!("values of items {} and {} overlap", pair[0].2, pair[1].2);
@@ -294,24 +296,25 @@ impl Checker<'_> {
         if self.head.level != 0 {
             return;
         }
-        let table: Vec<usize> = self.block[BTREE_HASH_START..]
-            .chunks_exact(2)
-            .map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))
-            .collect();
-        let used = table.iter().filter(|b| **b != 0).count();
+        let table = &self.block[BTREE_HASH_START..];
+        let bucket =
+            |at: usize| usize::from(u16::from_le_bytes([table[2 * at], table[2 * at + 1]]));
+        let used = table.chunks_exact(2).filter(|b| *b != [0, 0]).count();
         if used != self.raw.len() {
             self.bad_want("used buckets of a leaf's hash table", self.raw.len(), used);
         }
-        for (slot, item) in self.raw.clone().iter().enumerate() {
+        let raw = std::mem::take(&mut self.raw);
+        for (slot, item) in raw.iter().enumerate() {
             let key = item.key.key();
             let home = leaf_bucket(&key);
             let found = (0..BTREE_HASH_BUCKETS)
-                .map(|i| table[(home + i) % BTREE_HASH_BUCKETS])
+                .map(|i| bucket((home + i) % BTREE_HASH_BUCKETS))
                 .take_while(|offset| *offset != 0)
                 .any(|offset| offset == item_offset(slot));
             if !found {
                 self.bad(format!("item {key} is not found by the leaf's hash table"));
             }
         }
+        self.raw = raw;
     }
 }

@@ -12,12 +12,29 @@ enum Chunk {
 }
 
 impl Chunk {
-    fn has(&self, at: u64) -> bool {
+    /// The members of one word of it.
+    fn word(&self, at: usize) -> u64 {
         match self {
-            Self::Full => true,
-            Self::Bits(bits, _) => bit(bits, at),
+            Self::Full => u64::MAX,
+            Self::Bits(bits, _) => bits[at],
         }
     }
+}
+
+/// The bits of word `at` that lie in `[from, end)`.
+fn mask(at: usize, from: u64, end: u64) -> u64 {
+    let start = at as u64 * 64;
+    let low = from.saturating_sub(start);
+    let high = end.saturating_sub(start).min(64);
+    if low >= high {
+        return 0;
+    }
+    u64::MAX << low & u64::MAX >> (64 - high)
+}
+
+/// The words in which `[from, end)` has bits.
+fn words(from: u64, end: u64) -> std::ops::Range<usize> {
+    (from / 64) as usize..end.div_ceil(64) as usize
 }
 
 /// A set of block numbers below a limit.
@@ -101,15 +118,18 @@ impl Census {
             return Some(from);
         };
         let mut twice = None;
-        for at in from..from + len {
-            if bit(bits, at) {
-                twice = twice.or(Some(at));
-            } else {
-                bits[(at / 64) as usize] |= 1 << (at % 64);
-                *set += 1;
-                self.count += 1;
+        let mut new = 0;
+        for at in words(from, from + len) {
+            let asked = mask(at, from, from + len);
+            let had = bits[at] & asked;
+            if had != 0 {
+                twice = twice.or(Some(at as u64 * 64 + u64::from(had.trailing_zeros())));
             }
+            bits[at] |= asked;
+            new += u64::from((asked & !had).count_ones());
         }
+        *set += new;
+        self.count += new;
         if *set == CHUNK_BITS {
             *entry = Chunk::Full;
         }
@@ -123,12 +143,15 @@ impl Census {
             let Some(theirs) = b.chunks.get(chunk) else {
                 continue;
             };
-            for at in 0..CHUNK_BITS {
-                if found.len() >= most {
-                    return found;
-                }
-                if mine.has(at) && theirs.has(at) {
-                    found.push(chunk * CHUNK_BITS + at);
+            for at in 0..WORDS {
+                let mut both = mine.word(at) & theirs.word(at);
+                while both != 0 {
+                    if found.len() >= most {
+                        return found;
+                    }
+                    let bit = u64::from(both.trailing_zeros());
+                    found.push(chunk * CHUNK_BITS + at as u64 * 64 + bit);
+                    both &= both - 1;
                 }
             }
         }
@@ -149,15 +172,23 @@ impl Census {
             let chunk = at / CHUNK_BITS;
             let stop = limit.min((chunk + 1) * CHUNK_BITS);
             let found: Vec<&Chunk> = sets.iter().filter_map(|s| s.chunks.get(&chunk)).collect();
-            if found.is_empty() {
-                add(at, stop - at);
-            } else if !found.iter().any(|c| matches!(c, Chunk::Full)) {
-                for block in at..stop {
-                    let b = block % CHUNK_BITS;
-                    let member = |c: &&Chunk| matches!(c, Chunk::Bits(bits, _) if bit(bits, b));
-                    if !found.iter().any(member) {
-                        add(block, 1);
-                    }
+            let whole = found.is_empty();
+            if whole || found.iter().any(|chunk| matches!(chunk, Chunk::Full)) {
+                if whole {
+                    add(at, stop - at);
+                }
+                at = stop;
+                continue;
+            }
+            let base = chunk * CHUNK_BITS;
+            for word in words(at - base, stop - base) {
+                let claimed = found.iter().fold(0, |bits, chunk| bits | chunk.word(word));
+                let mut free = mask(word, at - base, stop - base) & !claimed;
+                while free != 0 {
+                    let from = free.trailing_zeros();
+                    let len = (free >> from).trailing_ones();
+                    add(base + word as u64 * 64 + u64::from(from), u64::from(len));
+                    free &= !mask(0, u64::from(from), u64::from(from + len));
                 }
             }
             at = stop;
@@ -173,6 +204,42 @@ fn bit(bits: &[u64; WORDS], at: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::env::Entropy as _;
+    use crate::env::testing::TestEntropy;
+    use std::collections::BTreeSet;
+
+    /// Against sets of plain numbers, with ranges that cross words and chunks.
+    #[test]
+    fn it_is_what_a_set_of_numbers_is() {
+        let limit = 3 * CHUNK_BITS + 100;
+        for seed in 0..20 {
+            let entropy = TestEntropy::new(seed);
+            let made = || {
+                let (mut census, mut plain) = (Census::new(limit), BTreeSet::new());
+                for _ in 0..30 {
+                    let most = [3, 70, 200, CHUNK_BITS + 70][entropy.range(0, 4) as usize];
+                    let start = entropy.range(0, limit);
+                    let len = entropy.range(1, most).min(limit - start);
+                    let range = start..start + len;
+                    let twice = range.clone().find(|block| plain.contains(block));
+                    let want = twice.map_or(Ok(()), |block| Err(Claim::Twice(block)));
+                    assert_eq!(census.insert_range(start, len), want);
+                    plain.extend(range);
+                    assert_eq!(census.count(), plain.len() as u64);
+                }
+                (census, plain)
+            };
+            let ((a, plain_a), (b, plain_b)) = (made(), made());
+            let both: Vec<u64> = plain_a.intersection(&plain_b).copied().collect();
+            assert_eq!(Census::common(&a, &b, usize::MAX), both);
+            assert_eq!(Census::common(&a, &b, 5), both[..both.len().min(5)]);
+            let missing = Census::missing(&[&a, &b], 7);
+            assert!(missing.windows(2).all(|two| two[0].0 + two[0].1 < two[1].0));
+            let blocks = missing.iter().flat_map(|range| range.0..range.0 + range.1);
+            let owned = |block: &u64| plain_a.contains(block) || plain_b.contains(block);
+            assert!(blocks.eq((7..limit).filter(|block| !owned(block))));
+        }
+    }
 
     #[test]
     fn ranges_are_claimed_once() {

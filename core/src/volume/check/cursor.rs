@@ -3,6 +3,7 @@
 
 use super::block::{ItemAt, parse_btree_block};
 use super::census::{Census, Claim};
+use super::memo::Memo;
 use super::report::{Kind, Problem, Report};
 use crate::env::{AlignedBuf, BlockDevice};
 use crate::format::*;
@@ -33,6 +34,16 @@ pub(super) struct Ctx {
     /// Something could not be read: what it owned looks leaked.
     pub damaged: Cell<bool>,
     pub progress: Option<Progress>,
+    pub memo: Option<Rc<Memo>>,
+    /// A buffer for the next block.
+    pub spare: Cell<Option<AlignedBuf>>,
+}
+
+/// What a check needs of a block of some kind: a function of the block's bytes alone.
+pub(super) trait Parse: 'static {
+    const MAGIC: Magic;
+    /// Takes apart a block that was verified.
+    fn parse(block: &[u8]) -> Self;
 }
 
 impl Ctx {
@@ -45,7 +56,7 @@ impl Ctx {
     }
 
     /// Checks a seq against the super block's.
-    pub fn check_seq(&self, what: &str, key: Key, seq: u64) {
+    pub fn check_seq(&self, what: impl std::fmt::Display, key: Key, seq: u64) {
         if seq > self.sb.seq.get() {
             self.add(
                 Problem::error(
@@ -133,28 +144,66 @@ impl Ctx {
         self.add(problem);
     }
 
-    /// Reads and verifies a claimed block.
-    pub async fn read(&self, r: &BlockRef, magic: Magic, what: &str) -> Option<AlignedBuf> {
+    /// Reads and verifies a claimed block, or remembers it.
+    pub async fn read<T: Parse>(&self, r: &BlockRef, what: &str) -> Option<Rc<T>> {
         let blkno = r.blkno.get();
+        let offset = blkno << LG_BLOCK_SHIFT;
+        if let Some(known) = self.memo.as_ref().and_then(|memo| memo.find(offset, r)) {
+            self.report.borrow_mut().stats.blocks_read += 1;
+            return Some(known);
+        }
         let damaged = |text: String| {
             self.damaged.set(true);
             self.add(Problem::error(Kind::Block, text).at(blkno));
         };
-        let offset = blkno << LG_BLOCK_SHIFT;
-        let (buf, result) = self
-            .meta
-            .read(offset, AlignedBuf::zeroed(LG_BLOCK_SIZE))
-            .await;
+        let buf = self.spare.take();
+        let buf = buf.unwrap_or_else(|| AlignedBuf::zeroed(LG_BLOCK_SIZE));
+        let (buf, result) = self.meta.read(offset, buf).await;
         if let Err(e) = result {
             damaged(format!("{what}: {e}"));
             return None;
         }
         self.report.borrow_mut().stats.blocks_read += 1;
-        if let Err(e) = verify_ref(&buf, magic, self.fsid, r) {
+        if let Err(e) = verify_ref(&buf, T::MAGIC, self.fsid, r) {
             damaged(format!("{what}: {e}"));
             return None;
         }
-        Some(buf)
+        let contents = Rc::new(T::parse(&buf));
+        self.spare.set(Some(buf));
+        if let Some(memo) = &self.memo {
+            memo.keep(offset, LG_BLOCK_SIZE, r, contents.clone());
+        }
+        Some(contents)
+    }
+}
+
+/// A btree block: its items in key order, with the bytes of their values only.
+struct Node {
+    level: u8,
+    items: Vec<ItemAt>,
+    /// All values; `val_off` of the items is where each begins.
+    values: Vec<u8>,
+    problems: Vec<Problem>,
+}
+
+impl Parse for Node {
+    const MAGIC: Magic = Magic::Btree;
+
+    fn parse(block: &[u8]) -> Self {
+        let mut parsed = parse_btree_block(block);
+        let total = parsed.items.iter().map(|item| item.val_len).sum();
+        let mut values = Vec::with_capacity(total);
+        for item in &mut parsed.items {
+            let value = &block[item.val_off..item.val_off + item.val_len];
+            item.val_off = values.len();
+            values.extend_from_slice(value);
+        }
+        Self {
+            level: parsed.level,
+            items: parsed.items,
+            values,
+            problems: parsed.problems,
+        }
     }
 }
 
@@ -165,14 +214,14 @@ pub(super) struct Item {
     pub seq: u64,
     pub flags: u8,
     pub blkno: u64,
-    block: Rc<AlignedBuf>,
+    node: Rc<Node>,
     off: usize,
     len: usize,
 }
 
 impl Item {
     pub fn value(&self) -> &[u8] {
-        &self.block[self.off..self.off + self.len]
+        &self.node.values[self.off..self.off + self.len]
     }
 
     pub fn is_deletion(&self) -> bool {
@@ -196,10 +245,8 @@ pub(super) struct TreeSpec {
 }
 
 struct Level {
-    block: Rc<AlignedBuf>,
+    node: Rc<Node>,
     blkno: u64,
-    level: u8,
-    items: Vec<ItemAt>,
     pos: usize,
     start: Key,
 }
@@ -240,6 +287,11 @@ impl Cursor {
         }
     }
 
+    /// The tree's name in findings.
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+
     /// The next item in key order.
     pub async fn next(&mut self) -> Option<Item> {
         if let Some((root, level)) = self.pending_root.take() {
@@ -247,29 +299,31 @@ impl Cursor {
             self.push(root, level, Key::ZEROS, end).await;
         }
         while let Some(top) = self.stack.last_mut() {
-            let Some(item) = top.items.get(top.pos).copied() else {
+            let node = &top.node;
+            let Some(item) = node.items.get(top.pos).copied() else {
                 self.stack.pop();
                 continue;
             };
-            let previous = top.pos.checked_sub(1).map(|pos| top.items[pos].key.inc());
+            let at = top.pos;
             top.pos += 1;
-            if top.level == 0 {
+            if node.level == 0 {
                 return Some(Item {
                     key: item.key,
                     seq: item.seq,
                     flags: item.flags,
                     blkno: top.blkno,
-                    block: top.block.clone(),
+                    node: Rc::clone(node),
                     off: item.val_off,
                     len: item.val_len,
                 });
             }
+            let previous = at.checked_sub(1).map(|pos| node.items[pos].key.inc());
             let start = previous.unwrap_or(top.start);
             if self.spec.from.is_some_and(|from| item.key < from) {
                 continue;
             }
-            let value = &top.block[item.val_off..item.val_off + item.val_len];
-            let (Ok(child), level) = (value_exact::<BlockRef>("reference", value), top.level - 1)
+            let value = &node.values[item.val_off..item.val_off + item.val_len];
+            let (Ok(child), level) = (value_exact::<BlockRef>("reference", value), node.level - 1)
             else {
                 self.damage();
                 continue;
@@ -296,37 +350,34 @@ impl Cursor {
         if self.spec.shared && self.ctx.referenced.borrow().contains(blkno) {
             return;
         }
-        let block = match self.ctx.claim(blkno, &self.spec.name) {
-            true => self.ctx.read(&r, Magic::Btree, &self.spec.name).await,
+        let node = match self.ctx.claim(blkno, &self.spec.name) {
+            true => self.ctx.read::<Node>(&r, &self.spec.name).await,
             false => None,
         };
-        let Some(block) = block else {
+        let Some(node) = node else {
             self.damage();
             return;
         };
-        let parsed = parse_btree_block(&block);
-        for problem in parsed.problems {
-            self.ctx.add(problem.at(blkno));
+        for problem in &node.problems {
+            self.ctx.add(problem.clone().at(blkno));
         }
-        if parsed.level != level {
+        if node.level != level {
             let text = format!("{}: wrong level of a block", self.spec.name);
             self.ctx.add(
                 Problem::error(Kind::Tree, text)
                     .at(blkno)
-                    .want(level, parsed.level),
+                    .want(level, node.level),
             );
             self.damage();
             return;
         }
-        self.check_range(blkno, level, &parsed.items, start, end);
-        if parsed.items.is_empty() {
+        self.check_range(blkno, level, &node.items, start, end);
+        if node.items.is_empty() {
             self.empty(blkno, level);
         }
         self.stack.push(Level {
-            block: Rc::new(block),
+            node,
             blkno,
-            level,
-            items: parsed.items,
             pos: 0,
             start,
         });

@@ -12,6 +12,7 @@ use std::rc::Rc;
 
 /// A tree of the merged view.
 pub(super) struct Source {
+    name: String,
     pub cursor: Cursor,
     /// The log trees item; `None` for fs_root.
     pub log: Option<LogTrees>,
@@ -36,6 +37,8 @@ pub(super) struct Merged {
     merge: MergeState,
     sources: Vec<Source>,
     heads: Vec<Option<Item>>,
+    /// The versions of one item, while they are looked at.
+    versions: Vec<(usize, Item)>,
 }
 
 impl Source {
@@ -45,19 +48,14 @@ impl Source {
         bloom: Option<Rc<[u8]>>,
         input: bool,
     ) -> Self {
+        let name = cursor.name().to_owned();
         Self {
+            name,
             cursor,
             log,
             bloom,
             input,
             last_lock: None,
-        }
-    }
-
-    fn name(&self) -> String {
-        match &self.log {
-            None => "fs_root".into(),
-            Some(lt) => format!("log tree {:016x} nr {}", lt.rid.get(), lt.nr.get()),
         }
     }
 
@@ -67,19 +65,16 @@ impl Source {
             ctx.add(Problem::error(kind, text).at(item.blkno).key(item.key));
         };
         if !(ZONE_INODE_INDEX..=ZONE_FS).contains(&item.key.zone) {
-            bad(
-                Kind::Item,
-                format!("{}: item of a foreign zone", self.name()),
-            );
+            bad(Kind::Item, format!("{}: item of a foreign zone", self.name));
         }
-        ctx.check_seq(&format!("{}: item", self.name()), item.key, item.seq);
+        ctx.check_seq(format_args!("{}: item", self.name), item.key, item.seq);
         if item.key.zone == ZONE_XATTR_TOTL
             && !item.is_deletion()
             && item.value().len() != size_of::<XattrTotlVal>()
         {
             bad(
                 Kind::Item,
-                format!("{}: total of a wrong length", self.name()),
+                format!("{}: total of a wrong length", self.name),
             );
         }
         let Some(lt) = &self.log else {
@@ -89,7 +84,7 @@ impl Source {
             return;
         };
         if item.seq > lt.max_item_seq.get() {
-            let text = format!("{}: item seq above max_item_seq", self.name());
+            let text = format!("{}: item seq above max_item_seq", self.name);
             let problem = Problem::error(Kind::LogTrees, text)
                 .at(item.blkno)
                 .key(item.key);
@@ -100,7 +95,7 @@ impl Source {
         {
             let text = format!(
                 "{}: item of a merge input is newer than the merge",
-                self.name()
+                self.name
             );
             bad(Kind::LogMerge, text);
         }
@@ -113,7 +108,7 @@ impl Source {
                 None => lt.bloom_ref.is_null(),
             };
             if missing {
-                let text = format!("{}: the bloom block lacks the lock {lock}", self.name());
+                let text = format!("{}: the bloom block lacks the lock {lock}", self.name);
                 bad(Kind::Bloom, text);
             }
         }
@@ -137,6 +132,7 @@ impl Merged {
             ctx: ctx.clone(),
             merge,
             heads: vec![None; sources.len()],
+            versions: Vec::new(),
             sources,
         };
         for i in 0..merged.sources.len() {
@@ -156,20 +152,22 @@ impl Merged {
     /// The next item that exists.
     pub async fn next(&mut self) -> Option<View> {
         loop {
-            let key = self.heads.iter().flatten().map(|item| item.key).min()?;
-            let at: Vec<usize> = (0..self.heads.len())
-                .filter(|i| self.heads[*i].as_ref().is_some_and(|item| item.key == key))
-                .collect();
-            let mut items = Vec::with_capacity(at.len());
-            for i in at {
-                items.extend(self.heads[i].take().map(|item| (i, item)));
-                self.advance(i).await;
+            let keys = self.heads.iter().flatten().map(|item| &item.key);
+            let key = *keys.min()?;
+            let mut items = std::mem::take(&mut self.versions);
+            for i in 0..self.heads.len() {
+                if let Some(item) = self.heads[i].take_if(|item| item.key == key) {
+                    items.push((i, item));
+                    self.advance(i).await;
+                }
             }
             let view = if key.zone == ZONE_XATTR_TOTL {
                 self.resolve_totl(key, &items)
             } else {
-                self.resolve(items)
+                self.resolve(items.drain(..))
             };
+            items.clear();
+            self.versions = items;
             if view.is_some() {
                 return view;
             }
@@ -177,7 +175,7 @@ impl Merged {
     }
 
     /// The greatest seq wins; equal seqs must be equal copies.
-    fn resolve(&self, items: Vec<(usize, Item)>) -> Option<View> {
+    fn resolve(&self, items: impl Iterator<Item = (usize, Item)>) -> Option<View> {
         let mut best: Option<(usize, Item)> = None;
         for (i, item) in items {
             if let Some((other, have)) = &best
@@ -186,9 +184,7 @@ impl Merged {
             {
                 let text = format!(
                     "{} and {} hold different versions of an item with the same seq {}",
-                    self.sources[*other].name(),
-                    self.sources[i].name(),
-                    item.seq
+                    self.sources[*other].name, self.sources[i].name, item.seq
                 );
                 self.ctx.add(
                     Problem::error(Kind::Item, text)

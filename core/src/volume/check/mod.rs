@@ -14,6 +14,7 @@ mod block;
 mod census;
 mod cursor;
 mod inode_state;
+mod memo;
 mod merged;
 mod namespace;
 mod quorum;
@@ -27,6 +28,7 @@ mod tests;
 pub use block::{ItemAt, Parsed, parse_btree_block};
 pub use census::{Census, Claim};
 pub use cursor::Progress;
+pub use memo::Memo;
 pub use report::{Kind, Problem, Report, Severity, State, Stats};
 pub use srch::decode_entries;
 
@@ -51,6 +53,9 @@ pub struct CheckOptions {
     pub limit: usize,
     /// Told the blocks accounted for so far, and all blocks.
     pub progress: Option<Progress>,
+    /// What earlier checks of the same metadata device remember, for who checks it again
+    /// and again and sees every write to it. The report is that of a check without.
+    pub memo: Option<Rc<Memo>>,
 }
 
 /// Ranges of leaked blocks that are listed one by one.
@@ -84,6 +89,9 @@ pub async fn check(
         .min(data.size() >> SM_BLOCK_SHIFT);
     bounded.total_meta_blocks.set(meta_blocks);
     bounded.total_data_blocks.set(data_blocks);
+    if let Some(memo) = &options.memo {
+        memo.begin(sb.hdr.fsid.get());
+    }
     let ctx = Rc::new(Ctx {
         meta,
         fsid: sb.hdr.fsid.get(),
@@ -97,10 +105,15 @@ pub async fn check(
         fs_damaged: Cell::new(false),
         damaged: Cell::new(false),
         progress: options.progress.clone(),
+        memo: options.memo.clone(),
+        spare: Cell::default(),
     });
     check_trees(&ctx).await;
     let mut report = ctx.report.replace(Report::default());
     finish_census(&ctx, &mut report);
+    if let Some(memo) = &options.memo {
+        memo.end();
+    }
     report
 }
 

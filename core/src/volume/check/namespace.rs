@@ -53,7 +53,7 @@ impl Summary {
 /// Collects the merged view.
 pub(super) struct Namespace {
     pub ctx: Rc<Ctx>,
-    current: Option<InodeState>,
+    current: Option<Box<InodeState>>,
     pub inodes: Vec<Summary>,
     pub dirents: Vec<Link>,
     pub backrefs: Vec<Link>,
@@ -176,7 +176,7 @@ impl Namespace {
         let ino = item.key.first;
         if self.current.as_ref().is_none_or(|c| c.ino != ino) {
             self.end_inode();
-            self.current = Some(InodeState::new(ino));
+            self.current = Some(Box::new(InodeState::new(ino)));
         }
         if let Some(mut current) = self.current.take() {
             current.item(self, item);

@@ -3,7 +3,7 @@
 use super::cursor::Ctx;
 use super::report::{Kind, Problem};
 use crate::format::*;
-use crate::volume::read_quorum_block;
+use crate::volume::{VolumeError, read_quorum_block};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
@@ -11,13 +11,13 @@ use std::rc::Rc;
 pub(super) async fn check_quorum(ctx: &Rc<Ctx>, unmounted: bool) {
     let mut blocks = Vec::new();
     for slot in 0..QUORUM_MAX_SLOTS {
-        match read_quorum_block(&*ctx.meta, ctx.fsid, slot).await {
+        let blkno = QUORUM_BLKNO + slot as u64;
+        match read(ctx, slot, blkno).await {
             Ok(block) => {
                 check_block(ctx, slot, &block);
-                blocks.push((slot, block));
+                blocks.push((slot, *block));
             }
             Err(e) => {
-                let blkno = QUORUM_BLKNO + slot as u64;
                 ctx.add(Problem::error(Kind::Quorum, e.to_string()).at(blkno));
             }
         }
@@ -25,6 +25,20 @@ pub(super) async fn check_quorum(ctx: &Rc<Ctx>, unmounted: bool) {
     if unmounted {
         check_unmounted(ctx, &blocks);
     }
+}
+
+/// Reads a block, or remembers it.
+async fn read(ctx: &Ctx, slot: usize, blkno: u64) -> Result<Rc<QuorumBlock>, VolumeError> {
+    // Nothing refers to it, so there is no seq that it must have.
+    let (offset, r) = (blkno << SM_BLOCK_SHIFT, BlockRef::new(blkno, 0));
+    if let Some(known) = ctx.memo.as_ref().and_then(|memo| memo.find(offset, &r)) {
+        return Ok(known);
+    }
+    let block = Rc::new(read_quorum_block(&*ctx.meta, ctx.fsid, slot).await?);
+    if let Some(memo) = &ctx.memo {
+        memo.keep(offset, SM_BLOCK_SIZE, &r, block.clone());
+    }
+    Ok(block)
 }
 
 fn check_block(ctx: &Ctx, slot: usize, block: &QuorumBlock) {

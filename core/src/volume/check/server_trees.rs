@@ -1,7 +1,7 @@
 //! The server's trees and what hangs on them: log trees, log merge, mounted
 //! clients, allocators (spec 03 section 20, 04 section 17, 05 section 13).
 
-use super::cursor::{Ctx, Cursor, Item, TreeSpec};
+use super::cursor::{Ctx, Cursor, Item, Parse, TreeSpec};
 use super::report::{Kind, Problem};
 use crate::format::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -379,6 +379,58 @@ pub(super) enum ListUse {
     Pending,
 }
 
+/// A block of an allocator list.
+struct ListPart {
+    next: BlockRef,
+    start: usize,
+    nr: usize,
+    /// `None` if they do not fit in the block.
+    entries: Option<Entries>,
+}
+
+struct Entries {
+    all: Vec<u64>,
+    /// The same in ascending order, as starts and lengths: one of its own for each time
+    /// that a block is there.
+    runs: Vec<(u64, u64)>,
+}
+
+impl Entries {
+    fn new(all: Vec<u64>) -> Self {
+        let mut sorted = all.clone();
+        sorted.sort_unstable();
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for blkno in sorted {
+            match runs.last_mut() {
+                Some((start, len)) if start.checked_add(*len) == Some(blkno) => *len += 1,
+                _ => runs.push((blkno, 1)),
+            }
+        }
+        Self { all, runs }
+    }
+}
+
+impl Parse for ListPart {
+    const MAGIC: Magic = Magic::AllocList;
+
+    fn parse(block: &[u8]) -> Self {
+        let (lb, all) = AllocListBlock::read_from_prefix(block).expect("a whole block");
+        let (start, nr) = (lb.start.get() as usize, lb.nr.get() as usize);
+        let end = start.checked_add(nr);
+        let entries = end.filter(|end| *end <= ALLOC_LIST_MAX_BLOCKS).map(|end| {
+            let entries = all[start * 8..end * 8].chunks_exact(8);
+            let number = |entry: &[u8]| u64::from_le_bytes(entry.try_into().expect("8 bytes"));
+            Entries::new(entries.map(number).collect())
+        });
+        Self {
+            next: lb.next,
+            start,
+            nr,
+            entries,
+        }
+    }
+}
+
 /// Walks an allocator list, claims its blocks and entries, checks its counts.
 pub(super) async fn walk_list(ctx: &Rc<Ctx>, head: &AllocListHead, what: &str, list: ListUse) {
     if head.flags.get() & !ALLOC_FLAG_LOW != 0 {
@@ -394,28 +446,31 @@ pub(super) async fn walk_list(ctx: &Rc<Ctx>, head: &AllocListHead, what: &str, l
             ctx.damaged.set(true);
             return;
         }
-        let Some(block) = ctx.read(&next, Magic::AllocList, what).await else {
+        let Some(part) = ctx.read::<ListPart>(&next, what).await else {
             return;
         };
-        let (lb, entries) = AllocListBlock::read_from_prefix(&block).expect("a whole block");
-        let (start, nr) = (lb.start.get() as usize, lb.nr.get() as usize);
-        let Some(end) = start
-            .checked_add(nr)
-            .filter(|end| *end <= ALLOC_LIST_MAX_BLOCKS)
-        else {
+        let Some(entries) = &part.entries else {
+            let (start, nr) = (part.start, part.nr);
             let text = format!("{what}: entries {start}+{nr} do not fit in a list block");
             ctx.add(Problem::error(Kind::Alloc, text).at(blkno));
             ctx.damaged.set(true);
             return;
         };
-        for entry in entries[start * 8..end * 8].chunks_exact(8) {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(entry);
-            claim_entry(ctx, u64::from_le_bytes(bytes), what, list);
+        match list {
+            ListUse::Free => {
+                for (start, len) in &entries.runs {
+                    ctx.claim_free(*start, *len, what);
+                }
+            }
+            ListUse::Pending => {
+                for blkno in &entries.all {
+                    claim_pending(ctx, *blkno, what);
+                }
+            }
         }
-        first = first.or(Some(nr as u64));
-        total += nr as u64;
-        next = lb.next;
+        first = first.or(Some(part.nr as u64));
+        total += part.nr as u64;
+        next = part.next;
     }
     let want = |text: &str, expected: u64, found: u64| {
         if expected != found {
@@ -431,8 +486,8 @@ pub(super) async fn walk_list(ctx: &Rc<Ctx>, head: &AllocListHead, what: &str, l
     );
 }
 
-fn claim_entry(ctx: &Ctx, blkno: u64, what: &str, list: ListUse) {
-    if list == ListUse::Pending && ctx.referenced.borrow().contains(blkno) {
+fn claim_pending(ctx: &Ctx, blkno: u64, what: &str) {
+    if ctx.referenced.borrow().contains(blkno) {
         if !ctx.pending.borrow_mut().insert(blkno) {
             let text = format!("{what} holds a block that other unfinished work freed too");
             ctx.add(Problem::error(Kind::Census, text).at(blkno));
@@ -537,23 +592,43 @@ fn compare_twins(ctx: &Ctx, what: &str, by_blkno: &[(u64, u64)], by_order: &[(u6
     }
 }
 
+/// A bloom block.
+struct Bloom {
+    bits: Rc<[u8]>,
+    /// Bits that are set, and as the block counts them.
+    set: u64,
+    counted: u64,
+}
+
+impl Parse for Bloom {
+    const MAGIC: Magic = Magic::Bloom;
+
+    fn parse(block: &[u8]) -> Self {
+        let (head, _) = BloomBlock::read_from_prefix(block).expect("a whole block");
+        let bits = &block[BLOOM_BITS_START..];
+        // Nearly all of them are zero.
+        let words = bits.chunks(8).filter(|word| *word != [0; 8]);
+        let ones = |word: &[u8]| word.iter().map(|b| u64::from(b.count_ones())).sum::<u64>();
+        Self {
+            bits: bits.into(),
+            set: words.map(ones).sum(),
+            counted: head.total_set.get(),
+        }
+    }
+}
+
 /// Reads a bloom block: its bits, if it is good.
 pub(super) async fn read_bloom(ctx: &Rc<Ctx>, lt: &LogTrees) -> Option<Rc<[u8]>> {
     let r = &lt.bloom_ref;
     if r.is_null() || !ctx.claim(r.blkno.get(), "a log tree's bloom block") {
         return None;
     }
-    let block = ctx
-        .read(r, Magic::Bloom, "a log tree's bloom block")
-        .await?;
-    let (head, _) = BloomBlock::read_from_prefix(&block).expect("a whole block");
-    let bits: Rc<[u8]> = block[BLOOM_BITS_START..].into();
-    let set: u64 = bits.iter().map(|b| u64::from(b.count_ones())).sum();
-    if set != head.total_set.get() {
+    let bloom = ctx.read::<Bloom>(r, "a log tree's bloom block").await?;
+    if bloom.set != bloom.counted {
         let problem = Problem::error(Kind::Bloom, "a bloom block miscounts its bits");
-        ctx.add(problem.at(r.blkno.get()).want(set, head.total_set.get()));
+        ctx.add(problem.at(r.blkno.get()).want(bloom.set, bloom.counted));
     }
-    Some(bits)
+    Some(Rc::clone(&bloom.bits))
 }
 
 /// The allocators of the super block and of all log trees.

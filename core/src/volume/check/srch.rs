@@ -1,6 +1,6 @@
 //! Srch files and compactions (spec 06 section 12, S1 to S6).
 
-use super::cursor::Ctx;
+use super::cursor::{Ctx, Parse};
 use super::report::{Kind, Problem};
 use super::server_trees::{ListUse, check_key, tree, value, walk_list};
 use crate::env::HashSet;
@@ -188,28 +188,25 @@ async fn walk_file(ctx: &Rc<Ctx>, file: &SrchFile, contents: Contents, out: &mut
             out.damaged = true;
             continue;
         }
-        let magic = if level == 0 {
-            Magic::SrchBlock
-        } else {
-            Magic::SrchParent
-        };
-        let Some(block) = ctx.read(&r, magic, "a srch file").await else {
+        if level == 0 {
+            match ctx.read::<Leaf>(&r, "a srch file").await {
+                Some(leaf) => walk.leaf(ctx, file, r.blkno.get(), &leaf, out),
+                None => out.damaged = true,
+            }
+            continue;
+        }
+        let Some(parent) = ctx.read::<Parent>(&r, "a srch file").await else {
             out.damaged = true;
             continue;
         };
-        if level == 0 {
-            walk.leaf(ctx, file, r.blkno.get(), &block, out);
-            continue;
-        }
         let step = coverage(level - 1);
-        let refs = block[size_of::<BlockHeader>()..].chunks_exact(size_of::<BlockRef>());
         let mut children = Vec::new();
-        for (i, bytes) in refs.take(SRCH_PARENT_REFS).enumerate() {
+        for i in 0..SRCH_PARENT_REFS {
             let at = first + i as u64 * step;
             if at >= blocks {
                 break;
             }
-            let (child, _) = BlockRef::read_from_prefix(bytes).expect("16 bytes");
+            let child = parent.refs.get(i).copied().unwrap_or_default();
             children.push((child, level - 1, at));
         }
         stack.extend(children.into_iter().rev());
@@ -235,6 +232,45 @@ fn is_gone(contents: Contents, level: u8, first: u64) -> bool {
     parent < freeing || (parent == freeing && first < blk)
 }
 
+/// A parent block of a file: its references, without the null ones at the end.
+struct Parent {
+    refs: Vec<BlockRef>,
+}
+
+impl Parse for Parent {
+    const MAGIC: Magic = Magic::SrchParent;
+
+    fn parse(block: &[u8]) -> Self {
+        let refs = block[size_of::<BlockHeader>()..].chunks_exact(size_of::<BlockRef>());
+        let read = |bytes| BlockRef::read_from_prefix(bytes).expect("16 bytes").0;
+        let mut refs: Vec<BlockRef> = refs.take(SRCH_PARENT_REFS).map(read).collect();
+        while refs.pop_if(|last| *last == BlockRef::default()).is_some() {}
+        Self { refs }
+    }
+}
+
+/// A leaf block of a file.
+struct Leaf {
+    first: Entry,
+    last: Entry,
+    tail: Entry,
+    entries: Result<Vec<Entry>, String>,
+}
+
+impl Parse for Leaf {
+    const MAGIC: Magic = Magic::SrchBlock;
+
+    fn parse(block: &[u8]) -> Self {
+        let (head, _) = SrchBlock::read_from_prefix(block).expect("a whole block");
+        Self {
+            first: triple(&head.first),
+            last: triple(&head.last),
+            tail: triple(&head.tail),
+            entries: decode_entries(&head, &block[SRCH_ENTRIES_START..]),
+        }
+    }
+}
+
 struct Leaves {
     nr: u64,
     last: Option<Entry>,
@@ -246,23 +282,15 @@ fn triple(e: &SrchEntry) -> Entry {
 }
 
 impl Leaves {
-    fn leaf(
-        &mut self,
-        ctx: &Ctx,
-        file: &SrchFile,
-        blkno: u64,
-        block: &[u8],
-        out: &mut SrchEntries,
-    ) {
+    fn leaf(&mut self, ctx: &Ctx, file: &SrchFile, blkno: u64, leaf: &Leaf, out: &mut SrchEntries) {
         if matches!(self.contents, Contents::Deleting { .. }) {
             return;
         }
-        let (head, _) = SrchBlock::read_from_prefix(block).expect("a whole block");
         let bad = |text: String| ctx.add(Problem::error(Kind::Srch, text).at(blkno));
-        let entries = match decode_entries(&head, &block[SRCH_ENTRIES_START..]) {
+        let entries = match &leaf.entries {
             Ok(entries) => entries,
             Err(text) => {
-                bad(text);
+                bad(text.clone());
                 out.damaged = true;
                 return;
             }
@@ -276,16 +304,16 @@ impl Leaves {
         let least = entries.iter().min().copied();
         let greatest = entries.iter().max().copied();
         let tail = entries.last().copied();
-        if least != Some(triple(&head.first)) || greatest != Some(triple(&head.last)) {
+        if least != Some(leaf.first) || greatest != Some(leaf.last) {
             bad("a srch block's first or last entry is wrong".into());
         }
-        if tail != Some(triple(&head.tail)) {
+        if tail != Some(leaf.tail) {
             bad("a srch block's tail is not its last entry".into());
         }
         if least < Some(triple(&file.first)) || greatest > Some(triple(&file.last)) {
             bad("a srch block has entries outside of its file's range".into());
         }
-        for entry in entries {
+        for entry in entries.iter().copied() {
             if self.contents != Contents::Log && self.last.is_some_and(|last| entry < last) {
                 bad("a sorted srch file is not in order".into());
             }

@@ -151,6 +151,114 @@ fn random_damage_is_survived_and_named() {
     survive_damage("asmall", 3, 80, 40);
 }
 
+fn run_with(volume: &Golden, memo: Option<&Rc<Memo>>) -> Report {
+    let options = CheckOptions {
+        memo: memo.cloned(),
+        ..CheckOptions::default()
+    };
+    block_on(check(volume.meta.handle(), volume.data.handle(), &options))
+}
+
+/// Changes a volume again and again and takes most of it back again; after each change
+/// a check that remembers the earlier ones must say what one says that does not.
+fn remember(name: &str, seed: u64, rounds: u64) {
+    let good = golden(name);
+    let volume = copy(&good);
+    let blocks = blocks_read(&volume);
+    let entropy = TestEntropy::new(seed);
+    let memo = Rc::new(Memo::default());
+    let mut hurt: Vec<(u64, usize)> = Vec::new();
+    let mut different = 0;
+    let mut last = run_with(&volume, Some(&memo));
+    for round in 0..rounds {
+        for _ in 0..entropy.range(0, 3) {
+            let block = blocks[entropy.range(0, blocks.len() as u64) as usize];
+            edit(&volume, block, |b| damage(&*entropy, b));
+            memo.forget(block.0, block.1 as u64);
+            hurt.push(block);
+        }
+        // Two whole blocks change places, with the numbers that they should have there.
+        if entropy.range(0, 4) == 0 {
+            let pick = |_| blocks[entropy.range(0, blocks.len() as u64) as usize];
+            let [a, b] = [0, 1].map(pick);
+            if a.1 == b.1 {
+                let [of_a, of_b] = [a, b].map(|at| volume.meta.peek(at.0, at.1));
+                for (at, bytes) in [(a, of_b), (b, of_a)] {
+                    volume.meta.poke(at.0, &bytes);
+                    let blkno = at.0 / at.1 as u64;
+                    edit(&volume, at, |block| {
+                        let at = std::mem::offset_of!(BlockHeader, blkno);
+                        block[at..at + 8].copy_from_slice(&blkno.to_le_bytes());
+                    });
+                    memo.forget(at.0, at.1 as u64);
+                    hurt.push(at);
+                }
+            }
+        }
+        while !hurt.is_empty() && entropy.range(0, 3) > 0 {
+            let at = entropy.range(0, hurt.len() as u64) as usize;
+            let block = hurt.swap_remove(at);
+            volume.meta.poke(block.0, &good.meta.peek(block.0, block.1));
+            memo.forget(block.0, block.1 as u64);
+        }
+        let (incremental, whole) = (run_with(&volume, Some(&memo)), run_with(&volume, None));
+        assert!(
+            incremental == whole,
+            "{name} seed {seed} round {round}:\n{}\n{}",
+            show(&incremental),
+            show(&whole)
+        );
+        different += u64::from(whole != last);
+        last = whole;
+    }
+    assert!(different > rounds / 4, "{name}: only {different} changes");
+}
+
+#[test]
+fn a_check_that_remembers_says_what_a_whole_one_says() {
+    remember("b", 1, 12);
+    remember("c1", 2, 60);
+    remember("asmall", 3, 200);
+}
+
+#[test]
+fn a_check_that_remembers_reads_what_has_changed() {
+    let volume = copy(&golden("c1"));
+    let memo = Rc::new(Memo::default());
+    let reads = || {
+        let before = volume.meta.counts().0;
+        let report = run_with(&volume, Some(&memo));
+        assert!(report.is_clean() && report.stats.blocks_read > 10);
+        let small = QUORUM_MAX_SLOTS as u64;
+        assert_eq!(memo.len() as u64, report.stats.blocks_read + small);
+        volume.meta.counts().0 - before
+    };
+    let whole = reads();
+    // Only the super block.
+    assert_eq!(reads(), 1);
+    let large: Vec<_> = blocks_read(&volume)
+        .into_iter()
+        .filter(|b| b.1 == LG_BLOCK_SIZE)
+        .collect();
+    assert_eq!(whole, 1 + (QUORUM_MAX_SLOTS + large.len()) as u64);
+    memo.forget(large[3].0 + 5000, 1);
+    assert_eq!(reads(), 2);
+    memo.forget(large[3].0, 1);
+    assert_eq!(reads(), 2);
+    memo.forget(large[3].0 + LG_BLOCK_SIZE as u64 - 1, 1);
+    assert_eq!(reads(), 2);
+    memo.forget(large[3].0, 0);
+    assert_eq!(reads(), 1);
+    memo.forget((QUORUM_BLKNO << SM_BLOCK_SHIFT) - 1, 2);
+    assert_eq!(reads(), 2);
+    memo.forget_all();
+    assert!(memo.is_empty());
+    assert_eq!(reads(), whole);
+    // Another volume on the same device.
+    memo.begin(7);
+    assert!(memo.is_empty());
+}
+
 #[test]
 fn damage_of_the_super_block_is_named() {
     let volume = golden("c1");

@@ -34,6 +34,7 @@ use crate::plan::cluster::{Agents, Broken, ClusterPlan, Round};
 use crate::plan::{Loss, Plan};
 use crate::rng::Stream;
 use crate::world::audit::{Auditor, observe};
+use crate::world::commits::until_broken;
 use outrider_core::env::{Either, Gate, LocalBoxFuture, Signal, race};
 use seat::{Busy, Seat};
 use std::cell::{Cell, RefCell};
@@ -141,7 +142,8 @@ pub(super) async fn world<S: System>(
     });
     fencing::install(&world);
     watch::install(&world);
-    let result = match race(world.doom.wait(), Box::pin(world.all())).await {
+    let all = until_broken(&world.sim, Box::pin(world.all()));
+    let result = match race(world.doom.wait(), all).await {
         Either::Left(()) => Ok(()),
         Either::Right(result) => result,
     };

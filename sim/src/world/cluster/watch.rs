@@ -22,7 +22,7 @@ const SMALL_BLOCK: u64 = 4096;
 
 pub(super) fn install<S: System>(world: &Rc<Cluster<S>>) {
     let weak = Rc::downgrade(world);
-    world.disks.set_watch(move |landed| {
+    world.disks.add_watch(move |landed| {
         if let Some(world) = weak.upgrade() {
             world.landed(landed);
         }
