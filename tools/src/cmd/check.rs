@@ -63,6 +63,7 @@ impl Args {
                 shown.set_length(total);
                 shown.set_position(done);
             })),
+            memo: None,
         };
         let report = block_on(check(Rc::new(meta), Rc::new(data), &options));
         bar.finish_and_clear();
