@@ -416,6 +416,40 @@ mod tests {
         assert_eq!((byte_at(&medium, 0), byte_at(&medium, 1)), (1, 2));
     }
 
+    /// Whoever applies the changes to a copy sees what is there, whatever has happened.
+    #[test]
+    fn all_changes_are_told() {
+        let rng = Stream::new(3, "t", 0);
+        let mut medium = Medium::new(64 << 12);
+        medium.write(0, &[buf(9, 3)], 1, false);
+        assert_eq!(medium.take_changes(), None, "nobody had asked before");
+        let mut copy = vec![0; 64 << 12];
+        medium.read(0, &mut copy);
+        let mut told = 0;
+        for step in 0..400 {
+            let at = rng.below(60) << 12;
+            match rng.below(10) {
+                0 => drop(medium.lose_power(Survival::Sectors, &rng)),
+                1 => drop(medium.lose_power(Survival::None, &rng)),
+                2 => medium.rot(rng.below(64), &rng),
+                3 => medium.settle(medium.flush_point()),
+                4 => medium.fail_flush(medium.flush_point(), 1, &rng),
+                5 => medium.write_some(at, &[buf(step as u8, 4)], 1, false, |_| rng.chance(500)),
+                _ => medium.write(at, &[buf(step as u8, 2), buf(7, 1)], 1, step % 7 == 0),
+            }
+            let changes = medium.take_changes().expect("somebody has asked");
+            told += changes.len();
+            for (offset, len) in changes {
+                let range = offset as usize..(offset + len) as usize;
+                medium.read(offset, &mut copy[range]);
+            }
+            let mut all = vec![0; copy.len()];
+            medium.read(0, &mut all);
+            assert!(all == copy, "step {step}");
+        }
+        assert!(told > 200);
+    }
+
     #[test]
     fn a_power_loss_can_keep_any_subset() {
         let mut seen = std::collections::BTreeSet::new();
