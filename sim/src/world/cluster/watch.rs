@@ -5,7 +5,6 @@
 
 use super::{Cluster, System};
 use crate::backend::disk::Landed;
-use crate::disk_model::Still;
 use outrider_core::client::Locator;
 use outrider_core::env::{DeviceRole, IoBuf};
 use outrider_core::format::{QUORUM_BLKNO, QUORUM_MAX_SLOTS, SUPER_BLKNO, SuperBlock};
@@ -106,10 +105,9 @@ impl<S: System> Cluster<S> {
             sup.first()
                 .filter(|sup| sup.len() >= SMALL_BLOCK as usize)?,
         );
-        let medium = self.disks.medium(DeviceRole::Meta);
         let (fsid, version) = (sup.hdr.fsid.get(), sup.fmt_vers.get());
         let env = self.observer().env("watch");
-        let locator = Locator::new(&env, Rc::new(Still(medium)), fsid, version);
+        let locator = Locator::new(&env, self.disks.bare(DeviceRole::Meta), fsid, version);
         let look = pin!(locator.is_mounted(rid));
         match look.poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(Ok(listed)) => Some(listed),
