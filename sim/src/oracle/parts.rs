@@ -151,6 +151,34 @@ impl Sights {
     }
 }
 
+/// Blocks behind the end of which any number may be left. Of more, all are, or as many as
+/// an answer shows.
+const LEFT_MAX: u64 = 64;
+
+impl Sights {
+    /// The states in which a truncation that failed may have left its file after it had
+    /// set the size: none, some or all of the blocks behind it are freed. What answers
+    /// show comes last.
+    pub fn torn(&self, call: &Call, state: &Model, cx: &Context) -> Vec<Model> {
+        let torn = || {
+            let (ino, size) = call.resizes()?;
+            let file = state.get(ino).filter(|file| size <= file.size)?;
+            let behind = file.blocks.range(size.div_ceil(BLOCK)..).count() as u64;
+            let all = file.blocks.len() as u64;
+            let any = if behind <= LEFT_MAX { 1 } else { behind };
+            let mut counts: Vec<u64> = (any..=behind).map(|left| all - behind + left).collect();
+            let seen = self.0.get(&ino).into_iter().flatten();
+            let seen: Vec<u64> = seen.filter(|s| s.0 == size).map(|s| s.1).collect();
+            counts.retain(|count| !seen.contains(count));
+            counts.extend(seen);
+            let states = counts.into_iter();
+            let states = states.filter_map(|blocks| cut_short(state, ino, (size, blocks), cx));
+            Some(states.collect())
+        };
+        torn().unwrap_or_default()
+    }
+}
+
 /// A truncation that has set the size and left some of the blocks behind it: they are
 /// freed from the first on (spec 14 section 11).
 fn cut_short(state: &Model, ino: Ino, (size, blocks): (u64, u64), cx: &Context) -> Option<Model> {

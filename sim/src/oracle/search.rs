@@ -158,11 +158,10 @@ impl Search {
         }
         if let Some(sights) = self.sights.as_ref()
             && record.is_uncertain()
-            && record.call.resizes().is_some()
         {
-            // Of its transactions the first ones may be there.
-            let parts = sights.parts(&record.call, &frame.state, &record.cx);
-            frame.variants.extend(parts);
+            // Of its transactions the first ones may be there. The last is tried first.
+            let torn = sights.torn(&record.call, &frame.state, &record.cx);
+            frame.variants.splice(0..0, torn);
         }
         frame.picked = Some(index);
         let before = frame.state.digest();

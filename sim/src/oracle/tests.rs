@@ -464,6 +464,35 @@ fn a_truncation_that_fails_half_way_leaves_the_blocks_that_are_freed_last() {
     }
     // Nobody goes on with it before the next change.
     assert_eq!(judged(5000, &[(5000, 4), (5000, 3)]), Err("answers"));
+    // Nobody has seen how many are left, but the next mount.
+    let recovered = |size: u64, blocks: &[u64]| {
+        let mut o = with_file();
+        let mut faulty = cx(10, 20);
+        faulty.tolerance.io = true;
+        let call = Call::OpenTrunc { ino: 1024 };
+        let number = o.begin(call, faulty);
+        o.end(number, Reply::Err(Errno::EIO), faulty);
+        o.quiet().unwrap();
+        // Something later is durable.
+        let other = (create("g"), made(1025));
+        run(&mut o, other.0.clone(), other.1.clone(), 30, 40);
+        run(&mut o, Call::Syncfs, Reply::Done, 50, 60);
+        o.quiet().unwrap();
+        let [first, second] = file();
+        let mut seen = state_after(&[first, second, other]);
+        let inode = seen.get_mut(1024);
+        inode.size = size;
+        inode.blocks.retain(|block, _| blocks.contains(block));
+        o.recovered(&seen).map_err(|violation| violation.kind)
+    };
+    for left in [&[][..], &[3], &[2, 3], &[0, 1, 2, 3]] {
+        assert_eq!(recovered(0, left), Ok(()), "{left:?}");
+    }
+    for left in [&[0][..], &[1, 3], &[0, 1, 2]] {
+        assert_eq!(recovered(0, left), Err("durability"), "{left:?}");
+    }
+    assert_eq!(recovered(16384, &[0, 1, 2, 3]), Ok(()));
+    assert_eq!(recovered(16384, &[1, 2, 3]), Err("durability"));
 }
 
 #[test]
