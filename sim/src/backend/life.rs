@@ -22,6 +22,8 @@ pub struct Life {
     rid: Cell<u64>,
     /// While `Some`, no task is polled; who wanted to be is woken afterwards.
     paused: RefCell<Option<Vec<Waker>>>,
+    /// Whether it is the whole process that stands still: then actors that begin do, too.
+    whole: Cell<bool>,
 }
 
 impl Life {
@@ -36,6 +38,7 @@ impl Life {
             node: Cell::new(0),
             rid: Cell::new(0),
             paused: RefCell::default(),
+            whole: Cell::new(false),
         })
     }
 
@@ -79,7 +82,9 @@ impl Life {
         child.seat.set(self.seat.get());
         child.node.set(self.node.get());
         name.clone_into(&mut child.name.borrow_mut());
-        if self.paused.borrow().is_some() {
+        // Of an actor that stands still by its name those of other names go on.
+        if self.whole.get() {
+            child.whole.set(true);
             *child.paused.borrow_mut() = Some(Vec::new());
         }
         let mut children = self.children.borrow_mut();
@@ -111,6 +116,7 @@ impl Life {
     pub fn pause(&self, only: Option<&str>, stop: bool) {
         let chosen = only.is_none_or(|name| *self.name.borrow() == name);
         if chosen {
+            self.whole.set(stop && only.is_none());
             let mut paused = self.paused.borrow_mut();
             if stop && paused.is_none() {
                 *paused = Some(Vec::new());

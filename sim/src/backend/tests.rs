@@ -48,6 +48,31 @@ fn simulated_devices_networks_and_clocks_keep_their_contracts() {
 }
 
 #[test]
+fn an_actor_begun_while_another_stands_still_runs_and_one_of_a_still_process_waits() {
+    simulate(1, async |host: Host| {
+        let begin = |of: &Rc<Life>| {
+            let ran = Rc::new(Cell::new(false));
+            let (actor, tell) = (of.child("quorum"), Rc::clone(&ran));
+            spawn(&host.sim, &actor, Box::pin(async move { tell.set(true) }));
+            (actor, ran)
+        };
+        let mount = host.life.child("mount");
+        host.life.pause(Some("mount"), true);
+        let (_actor, ran) = begin(&mount);
+        host.sim.sleep(1000).await;
+        assert!(mount.is_paused() && ran.get());
+        host.life.pause(Some("mount"), false);
+        host.life.pause(None, true);
+        let (_actor, ran) = begin(&mount);
+        host.sim.sleep(1000).await;
+        assert!(!ran.get());
+        host.life.pause(None, false);
+        host.sim.sleep(1000).await;
+        assert!(ran.get() && !mount.is_paused());
+    });
+}
+
+#[test]
 fn microseconds_exist_and_dropped_sleeps_leave_nothing() {
     simulate(1, async |host: Host| {
         let env = host.env("a");
