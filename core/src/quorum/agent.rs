@@ -266,12 +266,18 @@ pub async fn run(
 }
 
 /// The greatest term of all readable blocks, and whether one shows a leader that
-/// did not record its stop (spec 09 section 5.2).
-async fn survey(io: &BlockIo, slots: &Slots) -> (u64, bool) {
+/// did not record its stop (spec 09 section 5.2). The own block must be readable: terms
+/// never go back there, even if the next read, before it is written, succeeds; and in a
+/// cluster of one nobody else knows them.
+///
+/// # Errors
+/// If the own block can not be read.
+async fn survey(io: &BlockIo, slots: &Slots, own: usize) -> Result<(u64, bool), QuorumBlockError> {
     let (mut term, mut leader) = (0, false);
     for (slot, _) in slots.iter() {
         let block = match io.read(slot).await {
             Ok(block) => block,
+            Err(error) if slot == own => return Err(error),
             Err(error) => {
                 probe("quorum_start_skips_bad_block");
                 tracing::warn!(%error, "quorum block skipped");
@@ -282,7 +288,7 @@ async fn survey(io: &BlockIo, slots: &Slots) -> (u64, bool) {
         term = events.map(|event| event.term.get()).fold(term, u64::max);
         leader |= unresolved(&block);
     }
-    (term, leader)
+    Ok((term, leader))
 }
 
 struct Agent {
@@ -318,7 +324,7 @@ impl Agent {
         let io = BlockIo::new(dev.map_err(AgentError::Open)?, config.fsid);
         let socket = env.net.bind_datagram(addr).await;
         let socket = socket.map_err(|error| AgentError::Bind { slot, error })?;
-        let (term, leader) = survey(&io, &config.slots).await;
+        let (term, leader) = survey(&io, &config.slots, slot).await?;
         io.update(
             slot,
             QuorumEventKind::Begin,
@@ -384,7 +390,7 @@ impl Agent {
     /// starts over as a follower.
     async fn begin_again(&mut self) -> Result<(), AgentError> {
         self.write_stop().await?;
-        let (seen, leader) = survey(&self.io, &self.config.slots).await;
+        let (seen, leader) = survey(&self.io, &self.config.slots, self.config.slot).await?;
         let term = seen.max(self.brain.status().term);
         self.write(QuorumEventKind::Term, term).await?;
         let input = Input {

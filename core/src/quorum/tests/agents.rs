@@ -1,6 +1,7 @@
 //! Agents over a network and a device in memory, with servers that only pretend.
 
 use super::*;
+use crate::env::testing::DeviceOp;
 
 const FSID: u64 = 0x1122_3344_5566_7788;
 
@@ -180,6 +181,40 @@ fn one_member_leads_at_once_and_leaves_a_clean_block() {
         assert_eq!(*member.ended.borrow(), Some(Ok(())));
         assert!(!agents.block(0).await.may_be_running());
         // The next mount in the slot goes on from there.
+        let next = agents.member(0, B);
+        agents.pass(100).await;
+        assert!(next.is_leader());
+        assert_eq!(agents.terms(0).await, [1, 2, 2, 2, 1, 1]);
+    });
+}
+
+#[test]
+fn a_member_that_cannot_read_its_own_block_does_not_begin_with_a_lower_term() {
+    let agents = Agents::new(1);
+    agents.world.block_on(async {
+        let member = agents.member(0, A);
+        agents.pass(100).await;
+        member.stop.send_replace(AgentStop::Unmount);
+        agents.pass(1000).await;
+        let before = agents.terms(0).await;
+        assert_eq!(before, [0, 1, 1, 1, 1, 1]);
+        // Once: to be written it can be read again.
+        let failed = Cell::new(false);
+        let once = move |op: DeviceOp| op.op == "read" && !failed.replace(true);
+        agents.world.meta.set_fault(Some(Box::new(once)));
+        let next = agents.member(0, B);
+        agents.pass(100).await;
+        assert!(!next.is_leader());
+        let ended = next.ended.borrow().clone();
+        let read = matches!(
+            ended,
+            Some(Err(AgentError::Block(QuorumBlockError::Device {
+                slot: 0,
+                ..
+            })))
+        );
+        assert!(read, "{ended:?}");
+        assert_eq!(agents.terms(0).await, before);
         let next = agents.member(0, B);
         agents.pass(100).await;
         assert!(next.is_leader());
